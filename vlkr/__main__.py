@@ -1,0 +1,5 @@
+import sys
+
+from vlkr.cli import main
+
+sys.exit(main())

@@ -1,0 +1,38 @@
+"""Adapters: the methods, their hosts, and what is done with them."""
+
+from vlkr.adapters.base import Adapter
+from vlkr.adapters.budget import Budget, match_budget
+from vlkr.adapters.checkpoint import load_adapter, save_adapter
+from vlkr.adapters.inject import (
+    adapter_parameters,
+    adapter_state_dict,
+    add_adapters,
+    merge_adapters,
+    merged,
+    remove_adapters,
+    set_adapter_scale,
+)
+from vlkr.adapters.kradapter import KRAdapter
+from vlkr.adapters.lora import LoRA
+from vlkr.adapters.registry import ADAPTERS
+from vlkr.adapters.targets import Target, find_targets
+
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Budget",
+    "KRAdapter",
+    "LoRA",
+    "Target",
+    "adapter_parameters",
+    "adapter_state_dict",
+    "add_adapters",
+    "find_targets",
+    "load_adapter",
+    "match_budget",
+    "merge_adapters",
+    "merged",
+    "remove_adapters",
+    "save_adapter",
+    "set_adapter_scale",
+]

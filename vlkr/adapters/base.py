@@ -1,0 +1,77 @@
+"""The one contract that every adapter keeps."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Adapter(nn.Module, ABC):
+    """Maps a base weight to an adapted one of the same shape, ``weight + delta(weight)``.
+
+    A method is a subclass in a file of its own, plus its name in :mod:`vlkr.adapters.registry`.
+    It keeps every keyword-only option of its constructor as an attribute of the same name.
+
+    Args:
+        in_features: columns of the base weight.
+        out_features: rows of the base weight.
+    """
+
+    #: the option that :func:`vlkr.match_budget` turns to meet a parameter count, if there is one.
+    budget_option: ClassVar[str | None] = None
+    #: ``forward`` is cheaper than a product with the composed weight, so hosts call it.
+    factored: ClassVar[bool] = False
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+
+    @abstractmethod
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """The change of the base weight.
+
+        Args:
+            weight: the base weight ``(out_features, in_features)``; only some methods need it.
+
+        Returns:
+            ``(out_features, in_features)``, in the factors' dtype.
+        """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The change's product with ``x``.
+
+        Args:
+            x: ``(..., in_features)``.
+
+        Returns:
+            ``(..., out_features)``.
+        """
+        return F.linear(x, self.delta())
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's options, from which an equal adapter can be made."""
+        return {name: getattr(self, name) for name in option_names(type(self))}
+
+    @classmethod
+    def num_parameters(cls, in_features: int, out_features: int, **options: Any) -> int:
+        """Trainable parameters for a weight of this shape."""
+        with torch.device("meta"):
+            adapter = cls(in_features, out_features, **options)
+        return sum(p.numel() for p in adapter.parameters())
+
+    def extra_repr(self) -> str:
+        """Sizes and options, as :class:`torch.nn.Linear` prints them."""
+        sizes = {"in_features": self.in_features, "out_features": self.out_features}
+        return ", ".join(f"{key}={value}" for key, value in {**sizes, **self.options()}.items())
+
+
+def option_names(method: type[Adapter]) -> list[str]:
+    """Names of the keyword-only options of a method's constructor."""
+    parameters = inspect.signature(method.__init__).parameters.values()
+    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]

@@ -1,0 +1,173 @@
+"""Adapters on disk, in peft's layout: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import nn
+
+from vlkr.adapters.base import Adapter
+from vlkr.adapters.inject import attach, placed_adapters
+from vlkr.adapters.linear import Slot
+from vlkr.adapters.registry import adapter_class, check_options, registered_name
+from vlkr.adapters.targets import Target
+from vlkr.errors import VlkrError
+from vlkr.files import atomic_folder, read_json, write_json, write_text
+from vlkr.hashing import weights_hash
+from vlkr.version import __version__
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base_model: str = "",
+    adapter_name: str = "default",
+    force: bool = False,
+) -> None:
+    """Writes the adapters and what is needed to put them back, as one folder, in one step.
+
+    Args:
+        model: with adapters.
+        folder: to write; refused when it holds something, unless ``force``.
+        base_model: name of the base model, for the reader.
+        adapter_name: which adapters.
+        force: replace what is there.
+
+    Raises:
+        VlkrError: if there are no such adapters, or the folder cannot be written.
+    """
+    placed = placed_adapters(model, adapter_name)
+    method = registered_name(placed[0].adapter)
+    options = placed[0].adapter.options()
+    modules = [
+        {
+            "module": p.module,
+            "name": p.name,
+            "parameter": p.slot.parameter,
+            "rows": p.slot.rows,
+            "in_features": p.adapter.in_features,
+            "out_features": p.adapter.out_features,
+        }
+        for p in placed
+    ]
+    config = {
+        "peft_type": method.upper(),
+        "base_model_name_or_path": base_model,
+        "base_model_sha256": weights_hash(model),
+        "options": options,
+        "modules": modules,
+        "vlkr_version": __version__,
+    }
+    tensors = {
+        f"{_PREFIX}{p.key}.{factor}": tensor.detach().cpu().contiguous()
+        for p in placed
+        for factor, tensor in p.adapter.state_dict().items()
+    }
+    with atomic_folder(Path(folder), force=force) as temporary:
+        safetensors.torch.save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
+        write_json(temporary / _CONFIG, config)
+        write_text(temporary / "README.md", _card(config, sum(t.numel() for t in tensors.values())))
+
+
+def _card(config: dict[str, Any], parameters: int) -> str:
+    return (
+        f"# {config['peft_type']} adapter of {config['base_model_name_or_path'] or 'a model'}\n\n"
+        f"{len(config['modules'])} weights adapted with {parameters:,} parameters; options "
+        f"{config['options']}.\nBase weights: SHA-256 `{config['base_model_sha256']}`.\n\n"
+        "```python\nimport vlkr\n\nvlkr.load_adapter(model, FOLDER)\n```\n"
+    )
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, adapter_name: str = "default", check_base: bool = True
+) -> None:
+    """Puts saved adapters onto the model they were made for.
+
+    Args:
+        model: the base model, or one with adapters of other names.
+        folder: written by :func:`save_adapter`.
+        adapter_name: under which they are kept in the model.
+        check_base: refuse a model whose weights are not those the adapters were trained on.
+
+    Raises:
+        VlkrError: if the folder is not a whole adapter, or does not fit the model.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise VlkrError(f"no adapter folder at {folder}")
+    config = read_json(folder / _CONFIG)
+    made = _read_adapters(config, folder / _CONFIG)
+    _check_fit(model, made, config, folder)
+    if check_base and (found := weights_hash(model)) != config.get("base_model_sha256"):
+        raise VlkrError(
+            f"{folder} was made for another base: {config.get('base_model_name_or_path')!r} with "
+            f"weights {str(config.get('base_model_sha256'))[:12]}, the model has {found[:12]}"
+        )
+    try:
+        tensors = safetensors.torch.load_file(folder / _WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise VlkrError(f"cannot read {folder / _WEIGHTS}: {error}") from error
+    expected: set[str] = set()
+    for target, adapter in made:
+        prefix = f"{_PREFIX}{target.module}.{target.name}.".replace("..", ".")
+        state = {
+            key.removeprefix(prefix): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(prefix)
+        }
+        expected.update(prefix + key for key in adapter.state_dict())
+        try:
+            adapter.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise VlkrError(f"{folder / _WEIGHTS} does not hold {prefix[:-1]}: {reason}") from error
+    if unknown := set(tensors) - expected:
+        raise VlkrError(f"{folder / _WEIGHTS} holds an unexpected tensor {sorted(unknown)[0]!r}")
+    attach(model, made, adapter_name)
+
+
+def _read_adapters(config: dict[str, Any], path: Path) -> list[tuple[Target, Adapter]]:
+    method = str(config.get("peft_type")).lower()
+    cls = adapter_class(method)
+    options, modules = config.get("options"), config.get("modules")
+    if not isinstance(options, dict) or not isinstance(modules, list) or not modules:
+        raise VlkrError(f"{path} lacks its options or modules; it was not written by vlkr")
+    check_options(method, options)
+    try:
+        targets = [
+            Target(
+                str(m["module"]),
+                Slot(str(m["parameter"]), None if m["rows"] is None else (*map(int, m["rows"]),)),  # type: ignore[arg-type]
+                str(m["name"]),
+                int(m["in_features"]),
+                int(m["out_features"]),
+            )
+            for m in modules
+        ]
+        return [(t, cls(t.in_features, t.out_features, **options)) for t in targets]
+    except (KeyError, TypeError, ValueError) as error:
+        raise VlkrError(f"{path} is damaged: {type(error).__name__} {error}") from error
+
+
+def _check_fit(
+    model: nn.Module, made: list[tuple[Target, Adapter]], config: dict[str, Any], folder: Path
+) -> None:
+    modules = dict(model.named_modules())
+    for target, _ in made:
+        try:
+            weight = modules[target.module].get_parameter(target.slot.parameter)
+        except (KeyError, AttributeError):
+            weight = None
+        expected = (target.out_features, target.in_features)
+        if weight is None or tuple(target.slot.select(weight).shape) != expected:
+            raise VlkrError(
+                f"{folder} does not fit the model: no weight {target.path} of shape {expected}; it "
+                f"was made for {config.get('base_model_name_or_path') or 'another model'!r}"
+            )

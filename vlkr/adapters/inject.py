@@ -1,0 +1,237 @@
+"""Adding adapters to a model, merging them into it, taking them off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlkr.adapters.attention import AdaptedMultiheadAttention, AdaptedParameters, check_hostable
+from vlkr.adapters.base import Adapter
+from vlkr.adapters.linear import AdaptedLinear, AdapterHost, Slot, compose
+from vlkr.adapters.registry import adapter_class, check_options
+from vlkr.adapters.targets import DEFAULT_TARGETS, Target, find_targets
+from vlkr.errors import VlkrError
+
+
+def add_adapters(
+    model: nn.Module,
+    method: str,
+    *,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    towers: Sequence[str] = ("visual", "text"),
+    blocks: Sequence[int] | None = None,
+    adapter_name: str = "default",
+    **options: Any,
+) -> list[Target]:
+    """Puts an adapter on every chosen weight and freezes everything else.
+
+    The model computes what it did before until the adapters are trained. Modules keep their
+    identity and state-dict keys; the adapters' own keys contain ``.adapters.``.
+
+    Args:
+        model: any module, changed in place.
+        method: ``"kradapter"``, ``"lora"``, ...
+        targets: short names (``q k v qkv out fc1 fc2``) or shell patterns of module names.
+        towers: ``"visual"``, ``"text"`` or both; a model without towers matches always.
+        blocks: indices of transformer blocks, negative from the end; None for all.
+        adapter_name: under which the adapters are kept in the modules.
+        **options: of the method, as its class lists them.
+
+    Returns:
+        The weights that were matched.
+
+    Raises:
+        VlkrError: for an unknown method, option, tower or block, or a target that matches nothing.
+    """
+    check_options(method, options)
+    found = find_targets(model, targets, towers, blocks)
+    cls = adapter_class(method)
+    made = [(t, cls(t.in_features, t.out_features, **options)) for t in found]
+    attach(model, made, adapter_name)
+    return found
+
+
+def attach(
+    model: nn.Module, made: Sequence[tuple[Target, Adapter]], adapter_name: str = "default"
+) -> None:
+    """Puts ready adapters on their targets and freezes everything else.
+
+    Raises:
+        VlkrError: if the name is taken, or a target cannot carry its adapter.
+    """
+    if any(adapter_name in host.adapters for _, host in hosts(model)):
+        raise VlkrError(
+            f"the model carries adapters named {adapter_name!r} already; merge or remove them first"
+        )
+    modules = dict(model.named_modules())
+    for target, adapter in made:
+        module = modules[target.module]
+        host_class = _host_class(module)
+        if issubclass(host_class, AdaptedParameters) and getattr(adapter, "dropout", False):
+            raise VlkrError(
+                f"{target.module} ({type(module).__name__}) composes its weights, so dropout on "
+                "the adapter's input is not possible there; use dropout 0"
+            )
+    adapted_before = {id(p) for p in adapter_parameters(model)}
+    for p in model.parameters():
+        p.requires_grad_(id(p) in adapted_before)
+    for target, adapter in made:
+        host = _become_host(modules[target.module])
+        weight = host.get_parameter(target.slot.parameter)
+        host.slots[target.name] = target.slot
+        if adapter_name not in host.adapters:
+            host.adapters[adapter_name] = nn.ModuleDict()
+            host.adapter_scales[adapter_name] = 1.0
+        host.adapters[adapter_name][target.name] = adapter.to(weight.device)  # type: ignore[operator]
+
+
+def hosts(model: nn.Module) -> Iterator[tuple[str, AdapterHost]]:
+    """The modules that carry adapters, with their qualified names."""
+    for path, module in model.named_modules():
+        if isinstance(module, AdapterHost):
+            yield path, module
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An adapter in its place: the host's qualified name, the slot and what sits there."""
+
+    module: str
+    name: str
+    slot: Slot
+    adapter: Adapter
+
+    @property
+    def key(self) -> str:
+        """Prefix of this adapter's tensors in an adapter file: ``visual...attn.q``."""
+        return f"{self.module}.{self.name}".lstrip(".")
+
+
+def placed_adapters(model: nn.Module, adapter_name: str = "default") -> list[Placed]:
+    """All adapters of one name, in the model's order.
+
+    Raises:
+        VlkrError: if the model carries none of that name.
+    """
+    placed = [
+        Placed(path, name, host.slots[name], adapter)
+        for path, host in hosts(model)
+        if adapter_name in host.adapters
+        for name, adapter in host.adapters[adapter_name].items()  # type: ignore[operator]
+    ]
+    if not placed:
+        raise VlkrError(f"the model carries no adapters named {adapter_name!r}; add_adapters first")
+    return placed
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The adapters' parameters, those that training changes."""
+    return [p for _, host in hosts(model) for p in host.adapters.parameters()]
+
+
+def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The adapters' tensors by ``<module>.<slot>.<factor>``, detached."""
+    return {
+        f"{placed.key}.{factor}": tensor.detach()
+        for placed in placed_adapters(model, adapter_name)
+        for factor, tensor in placed.adapter.state_dict().items()
+    }
+
+
+def set_adapter_scale(model: nn.Module, scale: float, adapter_name: str = "default") -> None:
+    """Scales every change of one adapter: 0 is the base model, 1 the adapted one.
+
+    Along the way lies WiSE-FT's interpolation (arXiv 2109.01903).
+    """
+    placed_adapters(model, adapter_name)
+    for _, host in hosts(model):
+        if adapter_name in host.adapters:
+            host.adapter_scales[adapter_name] = float(scale)
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    """Adds the adapters' changes to the weights, in fp32, and takes the adapters off.
+
+    The model is plain again: the same classes and state-dict keys as before :func:`add_adapters`.
+    """
+    for _, host in _require_hosts(model):
+        for parameter in host.adapted_parameters():
+            weight = host.get_parameter(parameter)
+            weight.copy_(compose(weight, host.parts(parameter)))
+        _release(host)
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Takes the adapters off; the model is what it was before :func:`add_adapters`, bit for bit."""
+    for _, host in _require_hosts(model):
+        _release(host)
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Within the block the adapted weights are in place, as fast as the plain model.
+
+    The base weights come back afterwards, bit for bit. Costs a copy of the adapted weights.
+    """
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    scales = [(host, dict(host.adapter_scales)) for _, host in hosts(model)]
+    try:
+        with torch.no_grad():
+            for host, _ in scales:
+                for parameter in host.adapted_parameters():
+                    weight = host.get_parameter(parameter)
+                    kept.append((weight, weight.data))
+                    weight.data = compose(weight, host.parts(parameter))
+        for host, _ in scales:
+            host.adapter_scales = {}
+        yield
+    finally:
+        for weight, base in kept:
+            weight.data = base
+        for host, before in scales:
+            host.adapter_scales = before
+
+
+def _require_hosts(model: nn.Module) -> list[tuple[str, AdapterHost]]:
+    found = list(hosts(model))
+    if not found:
+        raise VlkrError("the model carries no adapters; add_adapters first")
+    return found
+
+
+def _host_class(module: nn.Module) -> type[nn.Module]:
+    cls = type(module)
+    if isinstance(module, AdapterHost):
+        return cls
+    if isinstance(module, nn.MultiheadAttention):
+        check_hostable(module)
+        if module._qkv_same_embed_dim and cls.forward is nn.MultiheadAttention.forward:
+            return AdaptedMultiheadAttention
+    if isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward:
+        return AdaptedLinear
+    return type(f"Adapted{cls.__name__}", (AdaptedParameters, cls), {})
+
+
+def _become_host(module: nn.Module) -> AdapterHost:
+    if not isinstance(module, AdapterHost):
+        base_class, module.__class__ = type(module), _host_class(module)
+        assert isinstance(module, AdapterHost)
+        module.base_class = base_class
+        module.adapters = nn.ModuleDict()
+        module.slots = {}
+        module.adapter_scales = {}
+    return module
+
+
+def _release(host: AdapterHost) -> None:
+    base_class = host.base_class
+    del host.adapters
+    for attribute in ("slots", "adapter_scales", "base_class"):
+        delattr(host, attribute)
+    host.__class__ = base_class  # type: ignore[assignment]

@@ -1,0 +1,180 @@
+"""The host of adapters on a linear projection: one matrix product forward, two backward.
+
+A change of full rank has no cheap product with the input, so it is composed with the base weight
+and the sum is used in one product. Neither the change nor the composed weight is kept for
+backward: they are rebuilt there from the factors, which is elementwise work only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from vlkr.adapters.base import Adapter
+
+
+class Slot(NamedTuple):
+    """A place for an adapter in a host module.
+
+    Attributes:
+        parameter: the weight's name in the host, ``"weight"`` or ``"out_proj.weight"``.
+        rows: first and past-the-last row of the part that is adapted, None for all of it.
+    """
+
+    parameter: str
+    rows: tuple[int, int] | None = None
+
+    def select(self, weight: Tensor) -> Tensor:
+        """The part of ``weight`` that is adapted, a view."""
+        return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
+
+
+class Part(NamedTuple):
+    """An adapter at work on (a slice of) a weight, and the factor that its change is scaled by."""
+
+    adapter: Adapter
+    slot: Slot
+    scale: float
+
+
+def compose(weight: Tensor, parts: Sequence[Part], dtype: torch.dtype | None = None) -> Tensor:
+    """The adapted weight ``(out_features, in_features)``, summed in fp32 or wider.
+
+    Args:
+        weight: the base weight, which is not touched.
+        parts: its adapters.
+        dtype: of the result, None for the base weight's.
+
+    Returns:
+        A tensor of its own memory, of the base weight's shape.
+    """
+    composed = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    for adapter, slot, scale in parts:
+        slot.select(composed).add_(adapter.delta(slot.select(weight)), alpha=scale)
+    return composed.to(dtype or weight.dtype)
+
+
+def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
+    """``x`` times the adapted weight, plus ``bias``.
+
+    Args:
+        x: ``(..., in_features)``.
+        weight: the base weight ``(out_features, in_features)``.
+        bias: ``(out_features)`` or None.
+        parts: the adapters of this weight.
+
+    Returns:
+        ``(..., out_features)``.
+    """
+    factored = [part for part in parts if part.adapter.factored]
+    composed = [part for part in parts if not part.adapter.factored]
+    if not composed:
+        y = F.linear(x, weight, bias)
+    elif torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        # A compiler fuses the rebuilding into backward by itself.
+        y = F.linear(x, compose(weight, composed), bias)
+    else:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        factors = [p for part in composed for p in part.adapter.parameters()]
+        y = _ComposedLinear.apply(x, weight, bias, composed, *factors)
+    for adapter, slot, scale in factored:
+        z = adapter(x) if scale == 1 else scale * adapter(x)
+        y = y + z if slot.rows is None else _add_columns(y, z, slot.rows)
+    return y
+
+
+def _add_columns(y: Tensor, z: Tensor, columns: tuple[int, int]) -> Tensor:
+    y[..., columns[0] : columns[1]] += z
+    return y
+
+
+class _ComposedLinear(torch.autograd.Function):
+    """Linear with a composed weight that is rebuilt in backward, never stored."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        parts: Sequence[Part],
+        *factors: Tensor,
+    ) -> Tensor:
+        ctx.parts = parts
+        ctx.save_for_backward(x, weight, *factors)
+        bias = None if bias is None else bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, compose(weight, parts, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *_ = ctx.saved_tensors
+        need_x, need_weight, need_bias, _, *need_factors = ctx.needs_input_grad
+        flat_grad, flat_x = grad_y.flatten(0, -2), x.flatten(0, -2)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        composed = weight.to(wide, copy=True) if need_x else None
+        grad_factors: list[Tensor | None] = []
+        remaining = iter(need_factors)
+        for adapter, slot, scale in ctx.parts:
+            factors = list(adapter.parameters())
+            needed = [f for f in factors if next(remaining)]
+            with torch.enable_grad():
+                delta = adapter.delta(slot.select(weight).detach())
+            if composed is not None:
+                slot.select(composed).add_(delta.detach(), alpha=scale)
+            columns = flat_grad if slot.rows is None else flat_grad[:, slice(*slot.rows)]
+            grad_delta = (columns.T @ flat_x).to(delta.dtype)
+            grads = iter(
+                torch.autograd.grad(delta, needed, grad_delta.mul_(scale)) if needed else ()
+            )
+            needed_ids = {id(f) for f in needed}
+            grad_factors += [next(grads) if id(f) in needed_ids else None for f in factors]
+        grad_x = None if composed is None else grad_y @ composed.to(grad_y.dtype)
+        grad_weight = flat_grad.T @ flat_x if need_weight else None
+        grad_bias = flat_grad.sum(0) if need_bias else None
+        return grad_x, grad_weight, grad_bias, None, *grad_factors
+
+
+class AdapterHost(nn.Module):
+    """Mixed into the class of a module while adapters sit on its weights.
+
+    The module keeps its identity, its parameters and their names; only its class changes, and
+    :func:`release` gives that back. ``adapters`` holds the modules by adapter name and slot name.
+    """
+
+    adapters: nn.ModuleDict
+    slots: dict[str, Slot]
+    adapter_scales: dict[str, float]
+    base_class: type[nn.Module]
+
+    def parts(self, parameter: str) -> list[Part]:
+        """The adapters at work on ``parameter``, by its name in this module.
+
+        An adapter whose scale is 0, or that has none as long as its change is merged, is not.
+        """
+        return [
+            Part(cast(Adapter, adapter), self.slots[slot], scale)
+            for name, scale in self.adapter_scales.items()
+            if scale != 0
+            for slot, adapter in cast(nn.ModuleDict, self.adapters[name]).items()
+            if self.slots[slot].parameter == parameter
+        ]
+
+    def adapted_parameters(self) -> list[str]:
+        """Names of the parameters that carry an adapter."""
+        return list(dict.fromkeys(slot.parameter for slot in self.slots.values()))
+
+
+class AdaptedLinear(AdapterHost, nn.Linear):
+    """:class:`torch.nn.Linear` with adapters on its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``(..., in_features)`` to ``(..., out_features)``."""
+        return adapted_linear(x, self.weight, self.bias, self.parts("weight"))

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlkr.adapters.base import Adapter
+from vlkr.errors import VlkrError
+
+
+class LoRA(Adapter):
+    """Low-rank adapter, ``delta = scaling * lora_B @ lora_A`` (Hu et al., arXiv 2106.09685, eq. 3).
+
+    ``lora_A (rank, in_features)`` starts Kaiming-uniform and ``lora_B (out_features, rank)`` at
+    zero, so the model starts unchanged.
+
+    Args:
+        in_features: columns of the base weight.
+        out_features: rows of the base weight.
+        rank: the inner size.
+        alpha: numerator of the scaling; None takes ``rank``, a scaling of 1.
+        use_rslora: divide ``alpha`` by ``sqrt(rank)`` and not ``rank`` (rsLoRA, arXiv 2312.03732).
+        dropout: probability with which an input of the low-rank path is dropped while training.
+
+    Raises:
+        VlkrError: if ``rank`` is below 1, or ``dropout`` is no probability below 1.
+
+    >>> LoRA(768, 3072, rank=8).delta().shape, LoRA.num_parameters(768, 3072, rank=8)
+    (torch.Size([3072, 768]), 30720)
+    """
+
+    budget_option = "rank"
+    factored = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int = 16,
+        alpha: float | None = None,
+        use_rslora: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        if rank < 1:
+            raise VlkrError(f"LoRA rank {rank} is too small, expected at least 1")
+        if not 0 <= dropout < 1:
+            raise VlkrError(f"LoRA dropout {dropout} is no probability, expected 0 <= dropout < 1")
+        self.rank = rank
+        self.alpha = alpha
+        self.use_rslora = use_rslora
+        self.dropout = dropout
+        self.scaling = (rank if alpha is None else alpha) / (
+            math.sqrt(rank) if use_rslora else rank
+        )
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """``scaling * lora_B @ lora_A``, ``(out_features, in_features)``; ignores ``weight``."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The low-rank path, ``(..., in_features)`` to ``(..., out_features)``."""
+        x = F.dropout(x, self.dropout, self.training)
+        return F.linear(
+            F.linear(x, self.lora_A.to(x.dtype)), self.scaling * self.lora_B.to(x.dtype)
+        )

@@ -1,0 +1,39 @@
+"""The methods by name, and how budgets are made equal."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from vlkr.adapters.base import Adapter, option_names
+from vlkr.adapters.kradapter import KRAdapter
+from vlkr.adapters.lora import LoRA
+from vlkr.errors import VlkrError
+
+ADAPTERS: dict[str, type[Adapter]] = {"kradapter": KRAdapter, "lora": LoRA}
+
+
+def adapter_class(method: str) -> type[Adapter]:
+    """The class of a method.
+
+    Raises:
+        VlkrError: if there is no such method.
+    """
+    if method not in ADAPTERS:
+        near = difflib.get_close_matches(method, ADAPTERS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(ADAPTERS))}"
+        raise VlkrError(f"unknown adapter {method!r}; {hint}")
+    return ADAPTERS[method]
+
+
+def registered_name(adapter: Adapter) -> str:
+    """The name under which the adapter's class is registered."""
+    return next(name for name, cls in ADAPTERS.items() if cls is type(adapter))
+
+
+def check_options(method: str, options: dict[str, Any]) -> None:
+    """Raises :class:`VlkrError` if an option is none of the method's."""
+    known = option_names(adapter_class(method))
+    for name in options:
+        if name not in known:
+            raise VlkrError(f"adapter {method!r} has no option {name!r}; known: {', '.join(known)}")

@@ -1,0 +1,210 @@
+"""Which weights of a model can carry an adapter, and how a user names them.
+
+Found by parameter names alone, so that every library's transformer is treated alike: a fused
+``in_proj_weight`` or ``qkv`` is offered as row slices q, k and v and as a whole, split
+projections as they are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from vlkr.adapters.linear import Slot
+from vlkr.errors import VlkrError
+
+SHORT_NAMES = ("q", "k", "v", "qkv", "out", "fc1", "fc2")
+DEFAULT_TARGETS = ("q", "k", "v", "out", "fc1", "fc2")
+TOWERS = ("visual", "text", "decoder")
+
+_LINEAR_NAMES = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "out",
+    "out_proj": "out",
+    "attn.proj": "out",
+    "c_fc": "fc1",
+    "fc1": "fc1",
+    "c_proj": "fc2",
+    "fc2": "fc2",
+}
+_TOWER_PREFIXES = {
+    "visual": "visual",
+    "vision_model": "visual",
+    "text": "text",
+    "text_model": "text",
+    "transformer": "text",
+    "text_decoder": "decoder",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight, or some rows of it, that can carry an adapter.
+
+    Attributes:
+        module: qualified name of the module that hosts the adapter.
+        slot: the parameter in that module, and its rows.
+        name: short name (``"q"``) or, where there is none, the module's own last name.
+        in_features: columns.
+        out_features: rows of the slice.
+    """
+
+    module: str
+    slot: Slot
+    name: str
+    in_features: int
+    out_features: int
+
+    @property
+    def path(self) -> str:
+        """The name that patterns are matched against: ``...attn.q``, ``...mlp.c_fc``."""
+        own_name = self.slot.parameter == "weight" and self.slot.rows is None
+        return self.module if own_name else f"{self.module}.{self.name}".lstrip(".")
+
+    @property
+    def tower(self) -> str | None:
+        """``"visual"``, ``"text"`` or ``"decoder"``; None for a model without towers."""
+        return _TOWER_PREFIXES.get(self.module.split(".", 1)[0])
+
+    @property
+    def block(self) -> int | None:
+        """Index of the transformer block, from the first number in the module's name."""
+        match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.module)
+        return int(match[1]) if match else None
+
+
+def candidates(model: nn.Module) -> Iterator[Target]:
+    """Every weight of ``model`` that can carry an adapter."""
+    inside: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        if module in inside:
+            continue
+        own = module._parameters
+        fused, split = own.get("in_proj_weight"), own.get("q_proj_weight")
+        if fused is not None or split is not None:
+            for name, slot, shape in _attention_slots(module):
+                yield Target(path, slot, name, shape[1], shape[0])
+            inside.update(module.modules())
+        elif isinstance(module, nn.Linear):
+            out_features, in_features = module.weight.shape
+            tail = path.rsplit(".", 2)[-2:]
+            name = _LINEAR_NAMES.get(".".join(tail)) or _LINEAR_NAMES.get(tail[-1], tail[-1])
+            if name == "qkv":
+                yield from (
+                    Target(path, Slot("weight", rows), part, in_features, out_features // 3)
+                    for part, rows in _thirds(out_features)
+                )
+            yield Target(path, Slot("weight"), name, in_features, out_features)
+
+
+def _attention_slots(module: nn.Module) -> Iterator[tuple[str, Slot, tuple[int, int]]]:
+    fused = module._parameters.get("in_proj_weight")
+    if fused is not None:
+        rows, columns = fused.shape
+        for name, part in _thirds(rows):
+            yield name, Slot("in_proj_weight", part), (rows // 3, columns)
+        yield "qkv", Slot("in_proj_weight"), (rows, columns)
+    else:
+        for name in ("q", "k", "v"):
+            weight = module.get_parameter(f"{name}_proj_weight")
+            yield name, Slot(f"{name}_proj_weight"), (weight.shape[0], weight.shape[1])
+    out = getattr(module, "out_proj", None)
+    if isinstance(out, nn.Linear):
+        yield "out", Slot("out_proj.weight"), (out.weight.shape[0], out.weight.shape[1])
+
+
+def _thirds(rows: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    third = rows // 3
+    return ((name, (i * third, (i + 1) * third)) for i, name in enumerate("qkv"))
+
+
+def find_targets(
+    model: nn.Module,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    towers: Sequence[str] = ("visual", "text"),
+    blocks: Sequence[int] | None = None,
+) -> list[Target]:
+    """The weights that short names or patterns, towers and blocks choose.
+
+    Args:
+        model: any module.
+        targets: short names (``q k v qkv out fc1 fc2``) and shell patterns of module names.
+        towers: ``"visual"``, ``"text"``; a model without towers matches always.
+        blocks: indices of transformer blocks, negative ones from a tower's end; None for all.
+
+    Raises:
+        VlkrError: if a target or block matches nothing, or two choices overlap.
+    """
+    if isinstance(targets, str):
+        targets = (targets,)
+    for tower in towers:
+        if tower not in TOWERS:
+            raise VlkrError(f"unknown tower {tower!r}, expected one of {', '.join(TOWERS)}")
+    everything = list(candidates(model))
+    within = [t for t in everything if t.tower is None or t.tower in towers]
+    if blocks is not None:
+        within = _in_blocks(within, blocks)
+    found: dict[Target, None] = {}
+    for pattern in targets:
+        matched = [t for t in within if _matches(t, pattern)]
+        if not matched and not (tuple(targets) == DEFAULT_TARGETS and pattern in SHORT_NAMES):
+            raise VlkrError(_nothing_matched(pattern, within, everything))
+        found.update(dict.fromkeys(matched))
+    if not found:
+        raise VlkrError(_nothing_matched(" ".join(targets), within, everything))
+    _check_overlap(list(found))
+    return [t for t in within if t in found]
+
+
+def _matches(target: Target, pattern: str) -> bool:
+    if pattern in SHORT_NAMES:
+        return target.name == pattern and target.block is not None
+    names = [target.path]
+    if target.slot.rows is None:
+        names.append(f"{target.module}.{target.slot.parameter}")
+        names.append(names[-1].removesuffix(".weight"))
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def _in_blocks(targets: list[Target], blocks: Sequence[int]) -> list[Target]:
+    counts: dict[str | None, int] = {}
+    for t in targets:
+        if t.block is not None:
+            counts[t.tower] = max(counts.get(t.tower, 0), t.block + 1)
+    for block in blocks:
+        if not any(-count <= block < count for count in counts.values()):
+            size = max(counts.values(), default=0)
+            raise VlkrError(f"block {block} is out of range, the model has {size} blocks")
+    return [
+        t
+        for t in targets
+        if t.block is not None and (t.block in blocks or t.block - counts[t.tower] in blocks)
+    ]
+
+
+def _nothing_matched(pattern: str, within: list[Target], everything: list[Target]) -> str:
+    if not everything:
+        return f"target {pattern!r} matches nothing: the model has no linear or attention weights"
+    names = list(dict.fromkeys(t.path for t in (within or everything)))
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+    return (
+        f"target {pattern!r} matches nothing; short names: {' '.join(SHORT_NAMES)}; "
+        f"nearest module names: {', '.join(near)}"
+    )
+
+
+def _check_overlap(targets: list[Target]) -> None:
+    whole = {(t.module, t.slot.parameter) for t in targets if t.slot.rows is None}
+    for t in targets:
+        if t.slot.rows is not None and (t.module, t.slot.parameter) in whole:
+            raise VlkrError(
+                f"{t.module} would be adapted both as a whole and as its slice {t.name!r}; "
+                "choose either qkv or q, k, v"
+            )

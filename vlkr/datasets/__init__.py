@@ -1,0 +1,19 @@
+"""Datasets: where images and labels come from, few-shot splits, and batches."""
+
+from vlkr.datasets.datamodule import DataOptions, FewShotDataModule
+from vlkr.datasets.few_shot import FewShotSplit, few_shot_split
+from vlkr.datasets.registry import Dataset, load_dataset
+from vlkr.datasets.sources import FolderSource, Sample, ShardSource, Source
+
+__all__ = [
+    "DataOptions",
+    "Dataset",
+    "FewShotDataModule",
+    "FewShotSplit",
+    "FolderSource",
+    "Sample",
+    "ShardSource",
+    "Source",
+    "few_shot_split",
+    "load_dataset",
+]

@@ -1,0 +1,1 @@
+"""Evaluation at home and under domain shift."""

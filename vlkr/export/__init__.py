@@ -1,0 +1,1 @@
+"""Export of adapted models to formats that need no vlkr."""

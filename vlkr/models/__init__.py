@@ -1,0 +1,1 @@
+"""CLIP models and their zero-shot classifiers."""

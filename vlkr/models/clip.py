@@ -1,0 +1,217 @@
+"""CLIP models by name, from open_clip. The only file that touches it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import open_clip
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vlkr.errors import VlkrError
+from vlkr.files import resource
+from vlkr.hashing import weights_hash
+
+TINY = "tiny"
+
+
+@dataclass
+class ClipBundle:
+    """A CLIP model with all that belongs to it.
+
+    Attributes:
+        model: the open_clip model, in eval mode, fp32.
+        tokenizer: maps a list of texts to ``(num_texts, context_length)`` token ids.
+        preprocess: maps a PIL image to ``(3, size, size)``, open_clip's evaluation transform.
+        preprocess_cfg: size, mean, std, interpolation and resize mode of that transform.
+        model_cfg: open_clip's configuration of the architecture, as built.
+        name: the model's name, as the user gave it.
+        pretrained: open_clip's tag, or the weights' path; None where the name says it all.
+        weights_hash: SHA-256 of the weights as loaded.
+    """
+
+    model: nn.Module
+    tokenizer: Callable[[list[str]], Tensor]
+    preprocess: Callable[[Image.Image], Tensor]
+    preprocess_cfg: dict[str, Any]
+    model_cfg: dict[str, Any]
+    name: str
+    pretrained: str | None
+    weights_hash: str
+
+    @property
+    def label(self) -> str:
+        """Name, tag and the hash's first digits, for captions."""
+        tag = f"/{Path(self.pretrained).name}" if self.pretrained else ""
+        return f"{self.name}{tag} (weights {self.weights_hash[:12]})"
+
+
+def load_clip(name: str, pretrained: str | None = None) -> ClipBundle:
+    """Loads a CLIP model.
+
+    Args:
+        name: ``"tiny"`` (the model that ships), an open_clip architecture such as ``"ViT-B-32"``,
+            ``"hf-hub:org/repo"``, ``"local-dir:/path"``, or the path of a folder that holds
+            ``open_clip_config.json``.
+        pretrained: open_clip's tag or a path of weights; needed with an architecture's name only.
+
+    Returns:
+        The model in fp32 on the CPU, and what belongs to it.
+
+    Raises:
+        VlkrError: for an unknown model or tag, a missing path, or weights that do not fit.
+    """
+    source = _source(name)
+    _check_names(source, name, pretrained)
+    schema = source.startswith(("local-dir:", "hf-hub:"))
+    # openai's weights need QuickGELU, which the plain architecture names leave out.
+    tag = {} if schema else open_clip.get_pretrained_cfg(source, pretrained or "")
+    quick_gelu = bool((tag or {}).get("quick_gelu"))
+    try:
+        with _quiet():
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                source, pretrained=pretrained, force_quick_gelu=quick_gelu
+            )
+            model_cfg = deepcopy(open_clip.get_model_config(source))
+            tokenizer = open_clip.get_tokenizer(source)
+    except (OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise VlkrError(f"cannot load model {name!r} ({pretrained}): {reason[:400]}") from error
+    if quick_gelu:
+        model_cfg["quick_gelu"] = True
+    return ClipBundle(
+        model=cast(nn.Module, model.eval()),
+        tokenizer=tokenizer,
+        preprocess=preprocess,
+        preprocess_cfg=dict(model.visual.preprocess_cfg),
+        model_cfg=model_cfg,
+        name=name,
+        pretrained=pretrained,
+        weights_hash=weights_hash(model),
+    )
+
+
+def _source(name: str) -> str:
+    if name == TINY:
+        return f"local-dir:{resource('models/tiny_clip')}"
+    if name.startswith("local-dir:"):
+        return name
+    if (Path(name) / "open_clip_config.json").is_file():
+        return f"local-dir:{name}"
+    return name if name.startswith("hf-hub:") else name.replace("/", "-")
+
+
+def _check_names(source: str, name: str, pretrained: str | None) -> None:
+    if source.startswith("local-dir:"):
+        folder = Path(source.removeprefix("local-dir:"))
+        if not (folder / "open_clip_config.json").is_file():
+            raise VlkrError(f"no open_clip model at {folder}: open_clip_config.json is missing")
+        if not list(folder.glob("*.safetensors")) + list(folder.glob("*.bin")):
+            raise VlkrError(f"no weights in {folder}, expected open_clip_model.safetensors")
+    elif source.startswith("hf-hub:"):
+        return
+    elif source not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "see open_clip.list_models()"
+        raise VlkrError(
+            f"unknown model {name!r}; {hint} (or 'tiny', 'hf-hub:ORG/REPO', 'local-dir:PATH')"
+        )
+    elif pretrained is None:
+        tags = open_clip.list_pretrained_tags_by_model(source)
+        raise VlkrError(
+            f"model {name!r} needs its weights named by --pretrained: a path, or one of "
+            f"{', '.join(tags) or '(no tags)'}"
+        )
+    elif not Path(pretrained).is_file():
+        tags = open_clip.list_pretrained_tags_by_model(source)
+        if pretrained not in tags:
+            raise VlkrError(
+                f"pretrained {pretrained!r} is neither a file nor a tag of {name}; tags: "
+                f"{', '.join(tags) or '(none)'}"
+            )
+    if source.startswith("local-dir:") and pretrained is not None:
+        raise VlkrError(f"model {name!r} brings its weights, drop --pretrained {pretrained!r}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps open_clip's chatter on the root logger out of the user's terminal."""
+    level = logging.root.level
+    logging.root.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="QuickGELU mismatch", category=UserWarning)
+            yield
+    finally:
+        logging.root.setLevel(level)
+
+
+def save_open_clip_folder(bundle: ClipBundle, folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes ``open_clip_config.json`` and ``open_clip_model.safetensors`` into ``folder``.
+
+    Args:
+        bundle: whose architecture and preprocessing are written.
+        folder: an existing folder.
+        tensors: the state dict, by open_clip's keys.
+    """
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    config = {
+        "model_cfg": bundle.model_cfg,
+        "preprocess_cfg": {key: bundle.preprocess_cfg[key] for key in keys},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    safetensors.torch.save_file(
+        plain, folder / "open_clip_model.safetensors", metadata={"format": "pt"}
+    )
+
+
+def image_size(bundle: ClipBundle) -> tuple[int, int]:
+    """Height and width of the images that the model takes."""
+    size = bundle.preprocess_cfg["size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def encode_image(model: nn.Module, images: Tensor) -> Tensor:
+    """Normalised image features, ``(batch, 3, height, width)`` to ``(batch, embed_dim)``."""
+    features: Tensor = model.encode_image(images, normalize=True)  # type: ignore[operator]
+    return features
+
+
+def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Normalised text features, ``(num_texts, context_length)`` to ``(num_texts, embed_dim)``."""
+    features: Tensor = model.encode_text(tokens, normalize=True)  # type: ignore[operator]
+    return features
+
+
+def logit_scale(model: nn.Module) -> Tensor:
+    """The factor of the cosine similarities, ``exp`` of the stored logarithm; a scalar."""
+    scale: Tensor = model.logit_scale  # type: ignore[assignment]
+    return scale.exp().squeeze()
+
+
+def pick_device(name: str) -> torch.device:
+    """``"auto"`` is the first GPU if there is one; otherwise torch's name of a device.
+
+    Raises:
+        VlkrError: for a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise VlkrError(f"device {name!r} is not available, try 'cpu' or 'auto'") from error
+    return device

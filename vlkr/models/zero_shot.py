@@ -1,0 +1,50 @@
+"""Class embeddings: a zero-shot classifier from class names and prompt templates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlkr.models.clip import encode_text
+
+
+def tokenize_prompts(
+    tokenizer: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str]
+) -> Tensor:
+    """Token ids of every template filled with every class name.
+
+    Args:
+        tokenizer: of the model.
+        class_names: one a class.
+        templates: with the placeholder ``{c}``.
+
+    Returns:
+        ``(num_classes, num_templates, context_length)``.
+    """
+    prompts = [template.replace("{c}", name) for name in class_names for template in templates]
+    tokens: Tensor = tokenizer(prompts).unflatten(0, (len(class_names), len(templates)))
+    return tokens
+
+
+def class_embeddings(model: nn.Module, prompts: Tensor, chunk: int | None = None) -> Tensor:
+    """The zero-shot classifier: each class's mean normalised text feature, normalised again.
+
+    As in CLIP (Radford et al., 2021, section 3.1.4).
+
+    Args:
+        model: a CLIP model.
+        prompts: ``(num_classes, num_templates, context_length)`` token ids.
+        chunk: classes encoded at a time, which bounds memory; None for all at once.
+
+    Returns:
+        ``(num_classes, embed_dim)``.
+    """
+    chunks = [prompts] if chunk is None else prompts.split(chunk)
+    embedded = [
+        encode_text(model, part.flatten(0, 1)).unflatten(0, part.shape[:2]).mean(1)
+        for part in chunks
+    ]
+    return F.normalize(torch.cat(embedded), dim=-1)

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
+
+from vlkr.adapters import adapter_parameters
+from vlkr.adapters.inject import hosts
+from vlkr.datasets.pipelines import Batch
+from vlkr.errors import VlkrError
+from vlkr.models.clip import ClipBundle, encode_image, logit_scale
+from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
+from vlkr.training.optim import OptimizerOptions, make_optimizer
+
+
+class FewShotModule(L.LightningModule):
+    """Trains a model's adapters by cross-entropy between image features and class embeddings.
+
+    The class embeddings are recomputed at every step when the text tower carries adapters, and
+    once otherwise. Checkpoints hold the adapters and the optimizer, never the base weights.
+
+    Args:
+        bundle: a model with adapters.
+        class_names: by label.
+        templates: with the placeholder ``{c}``.
+        optimizer: options.
+        seed: of dropout.
+    """
+
+    def __init__(
+        self,
+        bundle: ClipBundle,
+        class_names: tuple[str, ...],
+        templates: tuple[str, ...],
+        optimizer: OptimizerOptions,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False
+        self.model = bundle.model
+        self.base_hash = bundle.weights_hash
+        self.optimizer_options = optimizer
+        self.seed = seed
+        self.prompts: Tensor
+        self.embeddings: Tensor
+        prompts = tokenize_prompts(bundle.tokenizer, class_names, templates)
+        self.register_buffer("prompts", prompts, persistent=False)
+        self.register_buffer("embeddings", torch.empty(0), persistent=False)
+        self.adapted_towers = {
+            "visual" if path.startswith("visual") else "text" for path, _ in hosts(bundle.model)
+        }
+        self.val_accuracy = MulticlassAccuracy(num_classes=len(class_names), average="micro")
+
+    def on_fit_start(self) -> None:
+        """Encodes the prompts once, for a text tower without adapters."""
+        if "text" not in self.adapted_towers:
+            with torch.no_grad():
+                self.embeddings = class_embeddings(self.model, self.prompts)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(batch, num_classes)`` of images ``(batch, 3, height, width)``."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "visual" in self.adapted_towers):
+            features = encode_image(self.model, images)
+        embeddings = (
+            class_embeddings(self.model, self.prompts)
+            if "text" in self.adapted_towers
+            else self.embeddings
+        )
+        return logit_scale(self.model) * features @ embeddings.T
+
+    def on_train_epoch_start(self) -> None:
+        """Dropout follows from seed and epoch, so that a resumed run repeats an unbroken one."""
+        self.model.eval()
+        for _, host in hosts(self.model):
+            host.adapters.train()
+        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy of one batch."""
+        loss = F.cross_entropy(self(batch.images), batch.labels)
+        if not torch.isfinite(loss):
+            lr = self.lr_schedulers().get_last_lr()[0]  # type: ignore[union-attr]
+            raise VlkrError(
+                f"the loss is {loss.item()} at step {self.global_step} (learning rate {lr:.2g}, "
+                f"samples {', '.join(batch.keys[:4])}, ...); lower optimizer.lr"
+            )
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.labels))
+        return loss
+
+    def on_after_backward(self) -> None:
+        """Refuses a model whose code bypasses an adapter, which would silently not be trained."""
+        if self.global_step:
+            return
+        for path, host in hosts(self.model):
+            if all(p.grad is None for p in host.adapters.parameters()):
+                raise VlkrError(f"the model's forward pass does not use the adapter on {path}")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Counts right answers."""
+        self.val_accuracy(self(batch.images), batch.labels)
+        self.log("val_acc1", self.val_accuracy, prog_bar=True, batch_size=len(batch.labels))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over the adapters, with a schedule a step."""
+        optimizer, schedule = make_optimizer(
+            adapter_parameters(self.model),
+            self.optimizer_options,
+            int(self.trainer.estimated_stepping_batches),
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the adapters only."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: state[key] for key in state if ".adapters." in key}
+        checkpoint["base_sha256"] = self.base_hash
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises :class:`VlkrError` if the checkpoint belongs to another base model or adapter."""
+        if checkpoint.get("base_sha256") != self.base_hash:
+            raise VlkrError("the checkpoint was written for other base weights")
+        own = {key for key in self.state_dict() if ".adapters." in key}
+        if own != set(checkpoint["state_dict"]):
+            raise VlkrError("the checkpoint was written for other adapters or targets")
