@@ -71,8 +71,8 @@ def _help() -> str:
     return (
         "usage: vlkr COMMAND [options]\n\n"
         "Adapt CLIP to a few labelled images per class, measure it at home and under domain\n"
-        "shift, and export the result as a plain encoder.\n\ncommands:\n"
-        + "\n".join(lines)
+        "shift, and export the result as a plain encoder.\n\ncommands:\n" + "\n".join(lines) + "\n"
+        "\nvlkr COMMAND --help lists a command's options; --config FILE reads them from YAML, with\n"
         + "\n\n"
         "vlkr COMMAND --help lists a command's options; --config FILE reads them from YAML, with\n"
         "dotted overrides behind it; --json prints the result as JSON. vlkr --version"
