@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import re
 import sys
+import warnings
 from argparse import HelpFormatter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from vlkr.errors import VlkrError
 from vlkr.version import __version__
@@ -57,31 +59,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return _fail(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
     try:
-        return _run(name, rest)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _run(name, rest)
     except VlkrError as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        print("vlkr: interrupted", file=sys.stderr)
+        # A data loader's worker puts its traceback in front of the message.
+        return _fail(str(error).rpartition("VlkrError: ")[2])
+    except KeyboardInterrupt as error:
+        print(f"vlkr: interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         return 130
 
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return (
-        "usage: vlkr COMMAND [options]\n\n"
-        "Adapt CLIP to a few labelled images per class, measure it at home and under domain\n"
-        "shift, and export the result as a plain encoder.\n\ncommands:\n" + "\n".join(lines) + "\n"
-        "\nvlkr COMMAND --help lists a command's options; --config FILE reads them from YAML, with\n"
-        + "\n\n"
-        "vlkr COMMAND --help lists a command's options; --config FILE reads them from YAML, with\n"
-        "dotted overrides behind it; --json prints the result as JSON. vlkr --version"
+    return "\n".join(
+        [
+            "usage: vlkr COMMAND [options]",
+            "",
+            "Adapt CLIP to a few labelled images per class, measure it at home and under domain",
+            "shift, and export the result as a plain encoder.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "vlkr COMMAND --help lists a command's options. --config FILE reads them from YAML,",
+            "dotted options behind it override; --json prints the result as JSON. vlkr --version",
+        ]
     )
 
 
 def _fail(message: str) -> int:
     print(f"vlkr: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"vlkr: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -92,24 +113,30 @@ def _run(name: str, arguments: list[str]) -> int:
     function = getattr(importlib.import_module(module_name), function_name)
 
     class Parser(ArgumentParser):
-        """Shows options in kebab case."""
+        """Shows options in kebab case, and types without Python's decoration."""
 
         def format_help(self, formatter: HelpFormatter | None = None) -> str:
-            text = super().format_help(formatter)
-            return re.sub(r"--[\w.]+", lambda m: m.group().replace("_", "-"), text)
+            return _kebab(_plain(super().format_help(formatter)).replace("``", ""))
 
-    parser = Parser(prog=f"vlkr {name}", description=COMMANDS[name].summary, exit_on_error=False)
+    parser = Parser(
+        prog=f"vlkr {name}",
+        description=COMMANDS[name].summary,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file with the options below")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_function_arguments(function, as_positional=False)
+    types = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     for action in parser._actions:
-        if getattr(action, "_typehint", None) is bool:
+        if types[action.dest] is bool:
             action.nargs, action.const, action.metavar = "?", True, None  # a plain --flag
+    lists = {name for name, hint in types.items() if re.search(r"\b(list|tuple)\[", str(hint))}
     try:
-        parsed = parser.parse_args(_normalise(_shipped_config(arguments)))
+        parsed = parser.parse_args(_normalise(_shipped_config(arguments), lists))
         options = parser.instantiate_classes(parsed).as_dict()
     except ArgumentError as error:
-        raise VlkrError(str(error)) from error
+        raise VlkrError(_explain(str(error), types)) from error
     options.pop("config", None)
     as_json = options.pop("json")
     result = function(**options)
@@ -120,37 +147,90 @@ def _run(name: str, arguments: list[str]) -> int:
     return 0
 
 
-def _normalise(arguments: list[str]) -> list[str]:
-    """``--data.batch-size 8`` becomes ``--data.batch_size=8``, ``--blocks 0 1`` a list.
+def _normalise(arguments: list[str], lists: Collection[str]) -> list[str]:
+    """Options and values in jsonargparse's form: names as in Python, lists in brackets.
 
-    jsonargparse knows options by their names in Python, and lists in brackets.
+    >>> _normalise(["--data.batch-size", "8", "--blocks", "0", "-1", "--force"], ["blocks"])
+    ['--data.batch_size=8', '--blocks=["0", "-1"]', '--force']
     """
     found: list[str] = []
     values: list[str] = []
 
     def flush() -> None:
-        if values:
-            many = len(values) > 1
-            found[-1] += "=" + (json.dumps(values) if many else values[0])
-            values.clear()
+        if values and found and found[-1].startswith("--") and "=" not in found[-1]:
+            if found[-1][2:].rstrip("+") in lists and not _is_yaml_list(values):
+                found[-1] += f"={json.dumps(values)}"
+                values.clear()
+            else:
+                found[-1] += f"={values.pop(0)}"
+        found.extend(values)
+        values.clear()
 
     for argument in arguments:
         if argument.startswith("--"):
             flush()
             name, equals, value = argument.partition("=")
-            found.append("--" + name[2:].replace("-", "_") + equals + value)
-        elif found and "=" not in found[-1]:
-            values.append(argument)
+            found.append("--" + name[2:].replace("-", "_") + equals)
+            if equals:
+                values.append(value)
+                found[-1] = found[-1][:-1]
+                flush()
         else:
-            flush()
-            found.append(argument)
+            values.append(argument)
     flush()
     return found
 
 
+def _is_yaml_list(values: list[str]) -> bool:
+    return len(values) == 1 and (values[0].startswith("[") or values[0] == "null")
+
+
+def _kebab(text: str) -> str:
+    return re.sub(r"--[\w.]+", lambda option: option.group().replace("_", "-"), text)
+
+
+def _plain(text: str) -> str:
+    """Types without Python's decoration: ``<class 'pathlib.Path'>`` is ``Path``."""
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    return re.sub(r"\b(?:typing|pathlib)\.", "", text)
+
+
+def _explain(error: str, types: dict[str, Any]) -> str:
+    """The parser's complaint, as a user would put it.
+
+    >>> _explain("the following arguments are required: run, output", {})
+    '--run, --output missing'
+    >>> _explain("unrecognized arguments: --lr=1", {"optimizer.lr": float})
+    'unknown option --lr; did you mean --optimizer.lr?'
+    """
+    if required := re.fullmatch(r"the following arguments are required: (.*)", error):
+        return _kebab("--" + required[1].replace(", ", ", --") + " missing")
+    if wrong := re.match(r'Parser key "([\w.]+)":', error):
+        values = re.findall(r"(?:Got|Given) value: (.*)", error)
+        if values and wrong[1] in types:
+            expected = _plain(str(types[wrong[1]]))
+            return f"{_kebab('--' + wrong[1])} expects {expected}, not {values[-1]}"
+    if unknown := re.match(r"unrecognized arguments: (\S+)", error):
+        name = unknown[1].partition("=")[0]
+        if not name.startswith("--"):
+            return f"unexpected argument {name!r}"
+        return _kebab(f"unknown option {name}{_nearest(name[2:], types, '--')}")
+    if unknown := re.search(r"(?:Group '(.*)' does not accept option|Option) '([^']*)'", error):
+        name = ".".join(filter(None, unknown.groups()))
+        return f"unknown option {name!r} in the configuration{_nearest(name, types)}"
+    return _kebab(error)
+
+
+def _nearest(name: str, known: Collection[str], prefix: str = "") -> str:
+    near = [k for k in known if k.endswith(f".{name}")] or difflib.get_close_matches(
+        name, known, n=1
+    )
+    return f"; did you mean {' or '.join(prefix + k for k in near)}?" if near else ""
+
+
 def _shipped_config(arguments: list[str]) -> list[str]:
     """Lets ``--config configs/...`` name a file that ships, from whichever folder."""
-    from vlkr.files import resource
+    from vlkr.files import read_yaml, resource
 
     found = list(arguments)
     for i, argument in enumerate(found):
@@ -158,12 +238,14 @@ def _shipped_config(arguments: list[str]) -> list[str]:
         if name != "--config":
             continue
         value = value or (found[i + 1] if i + 1 < len(found) else "")
-        if not Path(value).is_file():
-            if not value.startswith("configs/") or not resource(value).is_file():
-                raise VlkrError(f"no config file {value!r}")
-            shipped = str(resource(value))
-            if argument == "--config":
-                found[i + 1] = shipped
-            else:
-                found[i] = f"--config={shipped}"
+        path = Path(value)
+        if not path.is_file() and value.startswith("configs/"):
+            path = resource(value)
+        if not path.is_file():
+            raise VlkrError(f"no config file {value!r}")
+        read_yaml(path)
+        if argument == "--config":
+            found[i + 1] = str(path)
+        else:
+            found[i] = f"--config={path}"
     return found

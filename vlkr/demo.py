@@ -16,8 +16,9 @@ from vlkr.evaluation.zero_shot import evaluate_bundle
 from vlkr.export.open_clip import ExportResult, export
 from vlkr.files import atomic_file, check_free, write_json, write_text
 from vlkr.models.clip import TINY, load_clip
-from vlkr.training.adapt import AdapterOptions, TrainerOptions, adapt
+from vlkr.training.adapt import AdapterOptions, adapt
 from vlkr.training.optim import OptimizerOptions
+from vlkr.training.trainer import TrainerOptions
 
 METHODS = {"kradapter": "KRAdapter", "lora": "LoRA"}
 
@@ -115,7 +116,7 @@ def demo(output: Path = Path("runs/demo"), quick: bool = False, force: bool = Fa
     console = Console(stderr=True)
     home = load_dataset("digits")
     datasets = [home, *(load_dataset(name) for name in home.shifts)]
-    zero_shot = evaluate_bundle(load_clip(TINY), datasets)
+    zero_shot = evaluate_bundle(load_clip(TINY), datasets, device="cpu")
     evaluations = {"zero-shot": [zero_shot]}
     parameters: dict[str, int] = {}
     for method, label in METHODS.items():

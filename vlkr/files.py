@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from vlkr.errors import VlkrError
 
@@ -73,7 +75,11 @@ def atomic_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             target.replace(old)
-            temporary.replace(target)
+            try:
+                temporary.replace(target)
+            except BaseException:
+                old.replace(target)
+                raise
             shutil.rmtree(old)
         else:
             temporary.replace(target)
@@ -84,11 +90,19 @@ def atomic_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def check_free(target: Path, *, force: bool = False, hint: str = "--force replaces it") -> None:
-    """Raises :class:`VlkrError` if ``target`` is a file, or a folder that holds something."""
-    if target.is_file():
-        raise VlkrError(f"{target} is a file, expected a folder to write")
-    if not force and target.is_dir() and any(target.iterdir()):
-        raise VlkrError(f"{target} exists already; name another folder, or {hint}")
+    """Raises :class:`VlkrError` unless ``target`` is a folder that is empty or can be made."""
+    try:
+        nearest = next(path for path in (target, *target.absolute().parents) if path.exists())
+        if nearest == target and not target.is_dir():
+            raise VlkrError(f"{target} is a file, expected a folder to write")
+        if nearest == target and not force and any(target.iterdir()):
+            raise VlkrError(f"{target} exists already; name another folder, or {hint}")
+    except OSError as error:
+        raise VlkrError(f"cannot write {target}: {error.strerror}") from error
+    if not nearest.is_dir():
+        raise VlkrError(f"cannot write {target}: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise VlkrError(f"cannot write {target}: no permission to write in {nearest}")
 
 
 def write_text(target: Path, text: str) -> None:
@@ -108,12 +122,27 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         VlkrError: if the file is missing, or is no JSON object.
     """
+    return _read(path, json.loads, "JSON")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Reads a YAML mapping.
+
+    Raises:
+        VlkrError: if the file is missing, or is no YAML mapping.
+    """
+    return _read(path, yaml.safe_load, "YAML")
+
+
+def _read(path: Path, parse: Callable[[str], Any], kind: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise VlkrError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise VlkrError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        reason = str(error).replace('in "<unicode string>", ', "at ")
+        raise VlkrError(f"{path} is not valid {kind}: {reason}") from error
     if not isinstance(value, dict):
-        raise VlkrError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+        found = "nothing" if value is None else f"a {type(value).__name__}"
+        raise VlkrError(f"{path} holds {found}, expected a mapping of names to values in {kind}")
     return value

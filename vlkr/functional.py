@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from vlkr.errors import VlkrError
 
 
 def khatri_rao(u: Tensor, v: Tensor) -> Tensor:
@@ -13,16 +18,29 @@ def khatri_rao(u: Tensor, v: Tensor) -> Tensor:
     generic factors (KRAdapter, arXiv 2508.00230, section 3).
 
     Args:
-        u: ``(m, k1)``.
-        v: ``(m, k2)``.
+        u: ``(..., m, k1)``.
+        v: ``(..., m, k2)``.
 
     Returns:
-        ``(m, k1 * k2)``.
+        ``(..., m, k1 * k2)``.
 
     >>> khatri_rao(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]]))
     tensor([[ 3.,  6.,  5., 10.]])
     """
-    return (v.unsqueeze(2) * u.unsqueeze(1)).flatten(1)
+    return (v.unsqueeze(-1) * u.unsqueeze(-2)).flatten(-2)
+
+
+def singular_values(matrix: Tensor) -> Tensor:
+    """Singular values in descending order, at least in fp32.
+
+    Args:
+        matrix: ``(..., m, n)``.
+
+    Returns:
+        ``(..., min(m, n))``.
+    """
+    sigma: Tensor = torch.linalg.svdvals(_at_least_fp32(matrix))
+    return sigma
 
 
 def effective_rank(matrix: Tensor) -> Tensor:
@@ -37,11 +55,7 @@ def effective_rank(matrix: Tensor) -> Tensor:
     >>> effective_rank(torch.eye(4)).round().item(), effective_rank(torch.zeros(4, 4)).item()
     (4.0, 0.0)
     """
-    sigma = torch.linalg.svdvals(matrix.float() if matrix.dtype != torch.float64 else matrix)
-    total = sigma.sum(-1, keepdim=True)
-    p = torch.where(total > 0, sigma / total.clamp_min(torch.finfo(sigma.dtype).tiny), 0.0)
-    rank = torch.special.entr(p).sum(-1).exp()
-    return torch.where(total.squeeze(-1) > 0, rank, torch.zeros_like(rank))
+    return spectrum_measures(singular_values(matrix))["effective_rank"]
 
 
 def stable_rank(matrix: Tensor) -> Tensor:
@@ -56,7 +70,191 @@ def stable_rank(matrix: Tensor) -> Tensor:
     >>> stable_rank(torch.diag(torch.tensor([2.0, 1.0]))).item()
     1.25
     """
-    sigma = torch.linalg.svdvals(matrix.float() if matrix.dtype != torch.float64 else matrix)
+    return spectrum_measures(singular_values(matrix))["stable_rank"]
+
+
+def nuclear_norm(matrix: Tensor) -> Tensor:
+    """Sum of the singular values.
+
+    Args:
+        matrix: ``(..., m, n)``.
+
+    Returns:
+        ``(...)``.
+
+    >>> nuclear_norm(torch.diag(torch.tensor([2.0, 1.0]))).item()
+    3.0
+    """
+    return spectrum_measures(singular_values(matrix))["nuclear_norm"]
+
+
+def spectrum_measures(sigma: Tensor) -> dict[str, Tensor]:
+    """What singular values say about a matrix, from one decomposition.
+
+    Args:
+        sigma: singular values ``(..., n)``, in descending order.
+
+    Returns:
+        ``effective_rank``, ``stable_rank``, ``nuclear_norm``, ``frobenius_norm`` and
+        ``spectral_norm``, each ``(...)`` and each 0 for a zero matrix.
+
+    >>> {k: round(v.item(), 3) for k, v in spectrum_measures(torch.tensor([2.0, 1.0])).items()}
+    ... # doctest: +NORMALIZE_WHITESPACE
+    {'effective_rank': 1.89, 'stable_rank': 1.25, 'nuclear_norm': 3.0, 'frobenius_norm': 2.236,
+     'spectral_norm': 2.0}
+    """
+    # Scaled by the largest, so that neither squares nor sums leave the range of the dtype.
     largest = sigma[..., :1]
-    ratio = torch.where(largest > 0, sigma / largest.clamp_min(torch.finfo(sigma.dtype).tiny), 0.0)
-    return ratio.square().sum(-1)
+    relative = torch.where(largest > 0, sigma / torch.where(largest > 0, largest, 1), 0)
+    total = relative.sum(-1, keepdim=True)
+    p = relative / total.clamp_min(1)
+    energy = relative.square().sum(-1)
+    return {
+        "effective_rank": torch.special.entr(p).sum(-1).exp() * (energy > 0),
+        "stable_rank": energy,
+        "nuclear_norm": sigma.sum(-1),
+        "frobenius_norm": energy.sqrt() * largest.squeeze(-1),
+        "spectral_norm": largest.squeeze(-1),
+    }
+
+
+def subspace_overlap(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared cosine of the principal angles between two subspaces.
+
+    Args:
+        a: orthonormal columns ``(..., n, k)``.
+        b: orthonormal columns ``(..., n, j)``.
+
+    Returns:
+        ``(...)``: 1 if the smaller subspace lies in the other one, 0 if they are orthogonal,
+        ``max(j, k) / n`` in the mean for random ones.
+
+    >>> subspace_overlap(torch.eye(4)[:, :2], torch.eye(4)[:, 1:3]).item()
+    0.5
+    """
+    return (a.mT @ b).square().sum((-2, -1)) / min(a.shape[-1], b.shape[-1])
+
+
+def project_lora(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best approximation of a given rank in the Frobenius norm (Eckart and Young, 1936).
+
+    Args:
+        matrix: ``(out_features, in_features)``.
+        rank: at least 1; what exceeds ``min(out_features, in_features)`` is zero.
+
+    Returns:
+        ``lora_A (rank, in_features)`` and ``lora_B (out_features, rank)`` of equal norms, such
+        that ``lora_B @ lora_A`` is the approximation.
+
+    Raises:
+        VlkrError: if ``rank`` is below 1.
+
+    >>> a, b = project_lora(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=2)
+    >>> torch.linalg.matrix_norm(b @ a - torch.diag(torch.tensor([3.0, 2.0, 1.0]))).item()
+    1.0
+    """
+    if rank < 1:
+        raise VlkrError(f"rank {rank} is too small, expected at least 1")
+    lora_b, lora_a = _best_low_rank(matrix, rank)
+    return lora_a, lora_b
+
+
+def project_kradapter(
+    matrix: Tensor, k1: int, *, num_terms: int = 1, refine: int = 20
+) -> tuple[Tensor, Tensor]:
+    """Best approximation by a sum of row-wise Khatri-Rao products in the Frobenius norm.
+
+    Each row of the short side, reshaped to ``(k2, k1)``, is a sum of ``num_terms`` outer products
+    of its own, so its truncated SVD is the optimum: a KRAdapter (arXiv 2508.00230) in closed form.
+    This is exact if ``k1`` divides the long side. Otherwise the last row of each reshaped matrix
+    has entries that are truncated away, hence free. The SVD then starts with zeros there and
+    ``refine`` times fills in its own values and is taken again, which never raises the error; the
+    error found is an upper bound on the optimum's.
+
+    Args:
+        matrix: ``(out_features, in_features)`` with sides ``m <= M``.
+        k1: columns of ``u``; ``k2 = ceil(M / k1)``.
+        num_terms: products in the sum.
+        refine: repetitions where entries are free.
+
+    Returns:
+        ``u (num_terms, m, k1)`` and ``v (num_terms, m, k2)`` of equal norms, such that
+        ``sum(khatri_rao(u[r], v[r]) for r)``, cut to ``M`` columns and transposed if
+        ``out_features > in_features``, is the approximation.
+
+    Raises:
+        VlkrError: unless ``1 <= k1 <= M`` and ``num_terms >= 1``.
+
+    >>> u, v = torch.randn(3, 2), torch.randn(3, 4)
+    >>> found = project_kradapter(khatri_rao(u, v), k1=2)
+    >>> torch.allclose(khatri_rao(found[0][0], found[1][0]), khatri_rao(u, v), atol=1e-5)
+    True
+    """
+    matrix = _at_least_fp32(matrix)
+    rows = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    short, long = rows.shape
+    if not 1 <= k1 <= long:
+        raise VlkrError(f"k1 {k1} is out of range, expected 1 to {long}")
+    if num_terms < 1:
+        raise VlkrError(f"num_terms {num_terms} is too small, expected at least 1")
+    k2 = math.ceil(long / k1)
+    padded = rows.new_zeros(short, k1 * k2)
+    padded[:, :long] = rows
+    left, right = _best_low_rank(padded.view(short, k2, k1), num_terms)
+    if k1 * k2 > long:
+        for _ in range(refine):
+            padded[:, long:] = (left @ right).flatten(1)[:, long:]
+            left, right = _best_low_rank(padded.view(short, k2, k1), num_terms)
+    return right.transpose(0, 1).contiguous(), left.permute(2, 0, 1).contiguous()
+
+
+def project_kronecker(
+    matrix: Tensor, left_shape: Sequence[int], *, num_terms: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Best approximation by a sum of Kronecker products (Van Loan and Pitsianis, 1993).
+
+    Each product is a rank-1 matrix after the blocks of ``matrix`` are laid out as rows, so the
+    truncated SVD there is the optimum in the Frobenius norm.
+
+    Args:
+        matrix: ``(out_features, in_features)``.
+        left_shape: ``(rows, columns)`` of the left factors, which divide those of ``matrix``.
+        num_terms: products in the sum.
+
+    Returns:
+        ``left (num_terms, *left_shape)`` and ``right`` with the remaining sizes, of equal norms,
+        such that ``sum(torch.kron(left[r], right[r]) for r)`` is the approximation.
+
+    Raises:
+        VlkrError: if ``left_shape`` does not divide the matrix, or ``num_terms`` is below 1.
+
+    >>> left, right = project_kronecker(torch.kron(torch.eye(2), torch.ones(3, 2)), (2, 2))
+    >>> torch.allclose(torch.kron(left[0], right[0]), torch.kron(torch.eye(2), torch.ones(3, 2)))
+    True
+    """
+    rows, columns = left_shape
+    out_features, in_features = matrix.shape
+    if rows < 1 or columns < 1 or out_features % rows or in_features % columns:
+        raise VlkrError(
+            f"a left factor {rows}x{columns} does not divide a matrix {out_features}x{in_features}"
+        )
+    if num_terms < 1:
+        raise VlkrError(f"num_terms {num_terms} is too small, expected at least 1")
+    height, width = out_features // rows, in_features // columns
+    blocks = matrix.reshape(rows, height, columns, width).transpose(1, 2)
+    left, right = _best_low_rank(blocks.reshape(rows * columns, height * width), num_terms)
+    return left.T.reshape(-1, rows, columns), right.reshape(-1, height, width)
+
+
+def _best_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """``(..., m, rank)`` and ``(..., rank, n)``, padded with zeros beyond ``min(m, n)``."""
+    u, sigma, vh = torch.linalg.svd(_at_least_fp32(matrix), full_matrices=False)
+    root = sigma.sqrt()
+    left, right = u * root.unsqueeze(-2), root.unsqueeze(-1) * vh
+    missing = max(0, rank - sigma.shape[-1])
+    left = torch.nn.functional.pad(left[..., :rank], (0, missing))
+    return left, torch.nn.functional.pad(right[..., :rank, :], (0, 0, 0, missing))
+
+
+def _at_least_fp32(matrix: Tensor) -> Tensor:
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Interleaved timing in one process: what is compared runs in turn, and ratios are taken in pairs."""
+"""Interleaved timing in one process: candidates run in turn, ratios are taken in pairs."""
 
 from __future__ import annotations
 

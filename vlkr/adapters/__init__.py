@@ -3,6 +3,8 @@
 from vlkr.adapters.base import Adapter
 from vlkr.adapters.budget import Budget, match_budget
 from vlkr.adapters.checkpoint import load_adapter, save_adapter
+from vlkr.adapters.dora import DoRA
+from vlkr.adapters.full import BitFit, Full
 from vlkr.adapters.inject import (
     adapter_parameters,
     adapter_state_dict,
@@ -13,17 +15,28 @@ from vlkr.adapters.inject import (
     set_adapter_scale,
 )
 from vlkr.adapters.kradapter import KRAdapter
+from vlkr.adapters.krona import KronA
 from vlkr.adapters.lora import LoRA
+from vlkr.adapters.randlora import RandLoRA
 from vlkr.adapters.registry import ADAPTERS
+from vlkr.adapters.sinlora import SinLoRA
 from vlkr.adapters.targets import Target, find_targets
+from vlkr.adapters.vera import VeRA
 
 __all__ = [
     "ADAPTERS",
     "Adapter",
+    "BitFit",
     "Budget",
+    "DoRA",
+    "Full",
     "KRAdapter",
+    "KronA",
     "LoRA",
+    "RandLoRA",
+    "SinLoRA",
     "Target",
+    "VeRA",
     "adapter_parameters",
     "adapter_state_dict",
     "add_adapters",

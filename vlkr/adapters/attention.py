@@ -79,7 +79,7 @@ class AdaptedMultiheadAttention(AdapterHost, nn.MultiheadAttention):
         out = adapted_linear(
             attended.transpose(1, 2).flatten(2),
             self.out_proj.weight,
-            self.out_proj.bias,
+            self.adapted_bias("out_proj.bias"),
             self.parts("out_proj.weight"),
         )
         if weights is not None and average_attn_weights:
@@ -92,7 +92,7 @@ class AdaptedMultiheadAttention(AdapterHost, nn.MultiheadAttention):
         """``x`` times the adapted fused weight, or times some of its rows."""
         parts = self.parts("in_proj_weight")
         weight: Tensor = self.in_proj_weight
-        bias: Tensor | None = self.in_proj_bias
+        bias = self.adapted_bias("in_proj_bias")
         if rows is None:
             return adapted_linear(x, weight, bias, parts)
         if any(part.slot.rows is None for part in parts):

@@ -26,6 +26,8 @@ class Adapter(nn.Module, ABC):
     budget_option: ClassVar[str | None] = None
     #: ``forward`` is cheaper than a product with the composed weight, so hosts call it.
     factored: ClassVar[bool] = False
+    #: the change is one of the bias, ``(out_features)``, and not of the weight.
+    adapts_bias: ClassVar[bool] = False
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -52,7 +54,15 @@ class Adapter(nn.Module, ABC):
         Returns:
             ``(..., out_features)``.
         """
-        return F.linear(x, self.delta())
+        return F.linear(x, self.delta().to(x.dtype))
+
+    def start(self, weight: Tensor) -> None:
+        """Sets what depends on the base weight, so that the change is zero on it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the change."""
+        return (self.out_features,) if self.adapts_bias else (self.out_features, self.in_features)
 
     def options(self) -> dict[str, Any]:
         """The constructor's options, from which an equal adapter can be made."""
@@ -75,3 +85,15 @@ def option_names(method: type[Adapter]) -> list[str]:
     """Names of the keyword-only options of a method's constructor."""
     parameters = inspect.signature(method.__init__).parameters.values()
     return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+def random_basis(*shape: int, seed: int) -> Tensor:
+    """A frozen random tensor of unit variance that depends on its shape and the seed alone.
+
+    Adapters that share such a basis need not store it: it is made again at load.
+    """
+    if torch.empty(0).device.type == "meta":
+        return torch.empty(*shape)
+    generator = torch.Generator().manual_seed(seed)
+    bound = 3**0.5
+    return torch.empty(*shape).uniform_(-bound, bound, generator=generator)

@@ -75,11 +75,14 @@ def match_budget(
         sized = {**options, size_option: size}
         return sum(cls.num_parameters(*shape, **sized) for shape in shapes)
 
+    # Parameters grow with a rank, or shrink with it where a basis has that rank.
+    grows = count(2) > count(1)
+    largest = min(min(shape) for shape in shapes)
     low, high = 1, 2
-    while count(high) < goal:
+    while (count(high) < goal) == grows and high < largest:
         low, high = high, high * 2
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) < goal else (low, middle)
+        low, high = (middle, high) if (count(middle) < goal) == grows else (low, middle)
     size = min((low, high), key=lambda s: abs(count(s) - goal))
     return Budget({**options, size_option: size}, count(size), goal)

@@ -160,14 +160,13 @@ def _check_fit(
     model: nn.Module, made: list[tuple[Target, Adapter]], config: dict[str, Any], folder: Path
 ) -> None:
     modules = dict(model.named_modules())
-    for target, _ in made:
+    for target, adapter in made:
         try:
             weight = modules[target.module].get_parameter(target.slot.parameter)
         except (KeyError, AttributeError):
             weight = None
-        expected = (target.out_features, target.in_features)
-        if weight is None or tuple(target.slot.select(weight).shape) != expected:
+        if weight is None or tuple(target.slot.select(weight).shape) != adapter.shape:
             raise VlkrError(
-                f"{folder} does not fit the model: no weight {target.path} of shape {expected}; it "
+                f"{folder} does not fit the model: no {target.path} of shape {adapter.shape}; it "
                 f"was made for {config.get('base_model_name_or_path') or 'another model'!r}"
             )

@@ -14,7 +14,7 @@ from vlkr.adapters.attention import AdaptedMultiheadAttention, AdaptedParameters
 from vlkr.adapters.base import Adapter
 from vlkr.adapters.linear import AdaptedLinear, AdapterHost, Slot, compose
 from vlkr.adapters.registry import adapter_class, check_options
-from vlkr.adapters.targets import DEFAULT_TARGETS, Target, find_targets
+from vlkr.adapters.targets import DEFAULT_TARGETS, Target, bias_targets, find_targets
 from vlkr.errors import VlkrError
 
 
@@ -51,7 +51,13 @@ def add_adapters(
     check_options(method, options)
     found = find_targets(model, targets, towers, blocks)
     cls = adapter_class(method)
+    if cls.adapts_bias:
+        found = bias_targets(model, found)
     made = [(t, cls(t.in_features, t.out_features, **options)) for t in found]
+    modules = dict(model.named_modules())
+    for target, adapter in made:
+        weight = modules[target.module].get_parameter(target.slot.parameter)
+        adapter.start(target.slot.select(weight))
     attach(model, made, adapter_name)
     return found
 

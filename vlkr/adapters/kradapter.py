@@ -29,13 +29,18 @@ class KRAdapter(Adapter):
             ``a=5``. ``"balanced"`` is the authors' matrix benchmark, ``k1 = isqrt(M)``,
             ``a=sqrt(5)`` and the factors' roles in a row swapped; it has nearly the fewest
             parameters. Both take ``k2 = ceil(M / k1)``.
+        num_terms: products that are summed; more budget (not in the paper).
+        num_factors: 2, or 3 factors of about ``M ** (1 / 3)`` columns; less budget (not in the
+            paper). The third starts with unit variance, so that the change has the scale of two.
 
     Raises:
-        VlkrError: for an unknown ``rule``.
+        VlkrError: for an unknown ``rule``, ``num_terms`` below 1, or ``num_factors`` not 2 or 3.
 
     >>> KRAdapter(768, 768).delta().shape, KRAdapter.num_parameters(768, 768)
     (torch.Size([768, 768]), 43008)
     """
+
+    budget_option = "num_terms"
 
     def __init__(
         self,
@@ -44,22 +49,60 @@ class KRAdapter(Adapter):
         *,
         scale: float = 2.0,
         rule: Literal["reference", "balanced"] = "reference",
+        num_terms: int = 1,
+        num_factors: int = 2,
     ) -> None:
         super().__init__(in_features, out_features)
         if rule not in ("reference", "balanced"):
             raise VlkrError(f"unknown KRAdapter rule {rule!r}, expected 'reference' or 'balanced'")
+        if num_terms < 1:
+            raise VlkrError(f"KRAdapter num_terms {num_terms} is too small, expected at least 1")
+        if num_factors not in (2, 3):
+            raise VlkrError(f"KRAdapter num_factors {num_factors} is not possible, expected 2 or 3")
         self.scale = scale
         self.rule = rule
+        self.num_terms = num_terms
+        self.num_factors = num_factors
         short, long = sorted((in_features, out_features))
-        k1 = math.isqrt(short if rule == "reference" else long)
-        k2 = math.ceil(long / k1)
-        self.u = nn.Parameter(torch.zeros(short, k1))
-        self.v = nn.Parameter(torch.empty(short, k2))
-        nn.init.kaiming_uniform_(self.v, a=5 if rule == "reference" else math.sqrt(5))
+        sizes = _factor_sizes(short, long, rule, num_factors)
+        self.u = nn.Parameter(torch.zeros(num_terms, short, sizes[0]))
+        self.v = nn.Parameter(torch.empty(num_terms, short, sizes[1]))
+        for term in self.v:
+            nn.init.kaiming_uniform_(term, a=5 if rule == "reference" else math.sqrt(5))
+        self.w: nn.Parameter | None = None
+        if num_factors == 3:
+            self.w = nn.Parameter(torch.empty(num_terms, short, sizes[2]))
+            nn.init.uniform_(self.w, -math.sqrt(3), math.sqrt(3))
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        """The scaled Khatri-Rao product, ``(out_features, in_features)``; ignores ``weight``."""
-        inner, outer = (self.u, self.v) if self.rule == "reference" else (self.v, self.u)
-        product = khatri_rao(inner, outer)[:, : max(self.in_features, self.out_features)]
-        delta = self.scale * product
-        return delta if self.out_features <= self.in_features else delta.T
+        """The scaled sum of Khatri-Rao products, ``(out_features, in_features)``."""
+        factors = [self.scale * self.u, self.v]
+        if self.w is not None:
+            factors.append(self.w)
+        if self.rule == "balanced":
+            factors.reverse()
+        tall = self.out_features > self.in_features
+        product = factors[0].mT if tall else factors[0]
+        for factor in factors[1:]:
+            product = (
+                _khatri_rao_columns(product, factor.mT) if tall else khatri_rao(product, factor)
+            )
+        summed = product[0] if self.num_terms == 1 else product.sum(0)
+        return summed[: self.out_features, : self.in_features]
+
+
+def _khatri_rao_columns(u: Tensor, v: Tensor) -> Tensor:
+    """The column-wise product, ``(..., k1, m)`` and ``(..., k2, m)`` to ``(..., k1 * k2, m)``.
+
+    The transpose of the row-wise one, laid out in memory as a tall weight is.
+    """
+    return (v.unsqueeze(-2) * u.unsqueeze(-3)).flatten(-3, -2)
+
+
+def _factor_sizes(short: int, long: int, rule: str, num_factors: int) -> list[int]:
+    if num_factors == 2:
+        first = math.isqrt(short if rule == "reference" else long)
+        return [first, math.ceil(long / first)]
+    first = max(1, round(long ** (1 / 3)))
+    second = math.ceil(math.sqrt(long / first))
+    return [first, second, math.ceil(long / (first * second))]

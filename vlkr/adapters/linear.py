@@ -22,7 +22,7 @@ class Slot(NamedTuple):
     """A place for an adapter in a host module.
 
     Attributes:
-        parameter: the weight's name in the host, ``"weight"`` or ``"out_proj.weight"``.
+        parameter: its name in the host, such as ``"weight"``, ``"out_proj.weight"``, ``"bias"``.
         rows: first and past-the-last row of the part that is adapted, None for all of it.
     """
 
@@ -83,15 +83,28 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequen
             x = x.to(torch.get_autocast_dtype(x.device.type))
         factors = [p for part in composed for p in part.adapter.parameters()]
         y = _ComposedLinear.apply(x, weight, bias, composed, *factors)
+    slices: dict[tuple[int, int], Tensor] = {}
     for adapter, slot, scale in factored:
         z = adapter(x) if scale == 1 else scale * adapter(x)
-        y = y + z if slot.rows is None else _add_columns(y, z, slot.rows)
-    return y
+        if slot.rows is None:
+            y = y + z
+        else:
+            slices[slot.rows] = slices[slot.rows] + z if slot.rows in slices else z
+    return y + _side_by_side(slices, y) if slices else y
 
 
-def _add_columns(y: Tensor, z: Tensor, columns: tuple[int, int]) -> Tensor:
-    y[..., columns[0] : columns[1]] += z
-    return y
+def _side_by_side(slices: dict[tuple[int, int], Tensor], like: Tensor) -> Tensor:
+    """Joins the columns' changes, zero where there is none; a join is free in backward."""
+    columns: list[Tensor] = []
+    end = 0
+    for (first, past), z in sorted(slices.items(), key=lambda item: item[0]):
+        if first > end:
+            columns.append(like.new_zeros(*like.shape[:-1], first - end))
+        columns.append(z)
+        end = past
+    if end < like.shape[-1]:
+        columns.append(like.new_zeros(*like.shape[:-1], like.shape[-1] - end))
+    return torch.cat(columns, dim=-1)
 
 
 class _ComposedLinear(torch.autograd.Function):
@@ -167,9 +180,20 @@ class AdapterHost(nn.Module):
             if self.slots[slot].parameter == parameter
         ]
 
+    def adapted_bias(self, parameter: str) -> Tensor | None:
+        """The bias, with its adapters' changes when it has any."""
+        bias = self.get_parameter(parameter) if _has_parameter(self, parameter) else None
+        parts = self.parts(parameter)
+        return compose(bias, parts) if bias is not None and parts else bias
+
     def adapted_parameters(self) -> list[str]:
         """Names of the parameters that carry an adapter."""
         return list(dict.fromkeys(slot.parameter for slot in self.slots.values()))
+
+
+def _has_parameter(module: nn.Module, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    return module.get_submodule(owner)._parameters.get(name) is not None
 
 
 class AdaptedLinear(AdapterHost, nn.Linear):
@@ -177,4 +201,4 @@ class AdaptedLinear(AdapterHost, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(..., in_features)`` to ``(..., out_features)``."""
-        return adapted_linear(x, self.weight, self.bias, self.parts("weight"))
+        return adapted_linear(x, self.weight, self.adapted_bias("bias"), self.parts("weight"))

@@ -6,11 +6,27 @@ import difflib
 from typing import Any
 
 from vlkr.adapters.base import Adapter, option_names
+from vlkr.adapters.dora import DoRA
+from vlkr.adapters.full import BitFit, Full
 from vlkr.adapters.kradapter import KRAdapter
+from vlkr.adapters.krona import KronA
 from vlkr.adapters.lora import LoRA
+from vlkr.adapters.randlora import RandLoRA
+from vlkr.adapters.sinlora import SinLoRA
+from vlkr.adapters.vera import VeRA
 from vlkr.errors import VlkrError
 
-ADAPTERS: dict[str, type[Adapter]] = {"kradapter": KRAdapter, "lora": LoRA}
+ADAPTERS: dict[str, type[Adapter]] = {
+    "kradapter": KRAdapter,
+    "lora": LoRA,
+    "dora": DoRA,
+    "vera": VeRA,
+    "randlora": RandLoRA,
+    "sinlora": SinLoRA,
+    "krona": KronA,
+    "full": Full,
+    "bitfit": BitFit,
+}
 
 
 def adapter_class(method: str) -> type[Adapter]:
@@ -36,4 +52,6 @@ def check_options(method: str, options: dict[str, Any]) -> None:
     known = option_names(adapter_class(method))
     for name in options:
         if name not in known:
-            raise VlkrError(f"adapter {method!r} has no option {name!r}; known: {', '.join(known)}")
+            raise VlkrError(
+                f"adapter {method!r} has no option {name!r}; known: {', '.join(known) or 'none'}"
+            )

@@ -11,7 +11,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -161,6 +161,23 @@ def find_targets(
         raise VlkrError(_nothing_matched(" ".join(targets), within, everything))
     _check_overlap(list(found))
     return [t for t in within if t in found]
+
+
+def bias_targets(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
+    """The biases that belong to weights.
+
+    Raises:
+        VlkrError: if a weight has none.
+    """
+    modules = dict(model.named_modules())
+    found: list[Target] = []
+    for target in targets:
+        bias = target.slot.parameter.removesuffix("weight") + "bias"
+        owner, _, name = bias.rpartition(".")
+        if modules[target.module].get_submodule(owner)._parameters.get(name) is None:
+            raise VlkrError(f"{target.path} has no bias to adapt; choose other targets")
+        found.append(replace(target, slot=target.slot._replace(parameter=bias)))
+    return found
 
 
 def _matches(target: Target, pattern: str) -> bool:

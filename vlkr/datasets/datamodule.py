@@ -11,6 +11,7 @@ from vlkr.datasets.few_shot import few_shot_split
 from vlkr.datasets.pipelines import Batch, EpochSampler, FewShotImages, Transform, collate
 from vlkr.datasets.registry import Dataset, load_dataset
 from vlkr.errors import VlkrError
+from vlkr.files import resource
 
 
 @dataclass(frozen=True)
@@ -49,19 +50,36 @@ class DataOptions:
             VlkrError: if neither or both of ``name`` and ``root`` are given, a number is out of
                 range, or the dataset is not found.
         """
-        if (self.name is None) == (self.root is None):
-            raise VlkrError("data needs either --data.name CARD or --data.root FOLDER")
+        if self.name is None and self.root is None:
+            raise VlkrError("no dataset: give --data.name CARD or --data.root FOLDER")
+        if self.name is not None and self.root is not None:
+            raise VlkrError(
+                f"two datasets, --data.name {self.name} and --data.root {self.root}: drop one "
+                "(--data.name null where a configuration names it)"
+            )
+        is_card = resource(f"data/{self.name}.yaml").is_file()
+        if self.name is not None and not is_card and Path(self.name).is_dir():
+            raise VlkrError(f"data.name {self.name} is a folder; give it as --data.root")
         if self.root is not None and not self.root.is_dir():
             raise VlkrError(f"no folder at data root {self.root}")
-        for option in ("shots", "batch_size", "min_steps_per_epoch"):
-            if getattr(self, option) < 1:
-                raise VlkrError(f"data.{option} {getattr(self, option)} is too small, at least 1")
+        for option, least in (
+            ("shots", 1),
+            ("batch_size", 1),
+            ("min_steps_per_epoch", 1),
+            ("num_workers", 0),
+        ):
+            if getattr(self, option) < least:
+                raise VlkrError(
+                    f"data.{option} {getattr(self, option)} is too small, expected at least {least}"
+                )
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
-            raise VlkrError(f"data.crop_scale {low}, {high} is out of range, expected 0 < low <= 1")
+            raise VlkrError(
+                f"data.crop_scale {low}, {high} is out of range, expected 0 < low <= high <= 1"
+            )
         return load_dataset(
             self.root or str(self.name),
-            templates=tuple(self.templates) if self.templates else None,
+            templates=None if self.templates is None else tuple(self.templates),
             test_fraction=self.test_fraction,
         )
 

@@ -58,8 +58,9 @@ def few_shot_split(
         if not ranked:
             raise VlkrError(f"class {name!r} is empty: the training split has no image of it")
         if len(ranked) < shots:
+            number = f"{len(ranked)} image{'s' if len(ranked) > 1 else ''}"
             warnings.warn(
-                f"class {name!r} has {len(ranked)} images, repeated to {shots} shots", stacklevel=2
+                f"class {name!r} has {number} to train on, repeated to {shots} shots", stacklevel=2
             )
         train += islice(cycle(ranked[:shots]), shots)
         val += ranked[shots:]

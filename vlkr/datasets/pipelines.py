@@ -8,7 +8,7 @@ from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.transforms import v2
@@ -43,6 +43,8 @@ def decode_image(sample: Sample) -> Image.Image:
         with Image.open(io.BytesIO(sample.image)) as image:
             rgb: Image.Image = image.convert("RGB")
             return rgb
+    except UnidentifiedImageError as error:
+        raise VlkrError(f"sample {sample.key!r} is no image in a format that is known") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise VlkrError(f"sample {sample.key!r} is a corrupt image: {error}") from error
 

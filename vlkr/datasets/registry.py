@@ -61,7 +61,7 @@ def load_dataset(
     """Finds a dataset.
 
     Args:
-        reference: a card's name (``"digits"``); a folder of webdataset shards with
+        reference: a card's name (``"digits"``, as a string); a folder of webdataset shards with
             ``classnames.txt``; or a folder of images, ``<class>/*`` or ``<split>/<class>/*``.
         templates: prompts to use in place of the dataset's own.
         test_fraction: of a folder without splits, the part that is held out as its test split.
@@ -70,9 +70,11 @@ def load_dataset(
     Raises:
         VlkrError: for an unknown name, a path that is missing, or a card that is not valid.
     """
+    if not 0 < test_fraction < 1:
+        raise VlkrError(f"test fraction {test_fraction} is out of range, expected between 0 and 1")
     cards = {path.stem: path for path in sorted(resource("data").glob("*.yaml"))}
     folder = Path(reference)
-    if str(reference) in cards:
+    if isinstance(reference, str) and reference in cards:
         dataset = _from_card(cards[str(reference)])
     elif (folder / "classnames.txt").is_file():
         dataset = _from_shards(folder)
@@ -80,7 +82,7 @@ def load_dataset(
         dataset = _from_folder(folder, test_fraction)
     else:
         near = difflib.get_close_matches(str(reference), cards, n=3)
-        known = f"did you mean {', '.join(near)}?" if near else f"cards: {', '.join(cards)}"
+        known = f"did you mean {', '.join(near)}?" if near else f"cards: {', '.join(sorted(cards))}"
         raise VlkrError(f"no dataset {str(reference)!r}: neither a folder nor a card; {known}")
     if templates is None:
         return dataset
@@ -115,6 +117,8 @@ def _from_card(path: Path) -> Dataset:
 
 def _from_shards(folder: Path) -> Dataset:
     class_names = _lines(folder / "classnames.txt")
+    if not class_names:
+        raise VlkrError(f"{folder / 'classnames.txt'} is empty, expected a class name a line")
     template_file = folder / "zeroshot_classification_templates.txt"
     templates = _lines(template_file) if template_file.is_file() else DEFAULT_TEMPLATES
     check_templates(templates)
@@ -129,12 +133,14 @@ def _from_shards(folder: Path) -> Dataset:
 
 
 def _lines(path: Path) -> tuple[str, ...]:
-    return tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise VlkrError(f"cannot read {path}: {error}") from error
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def _from_folder(root: Path, test_fraction: float) -> Dataset:
-    if not 0 < test_fraction < 1:
-        raise VlkrError(f"test fraction {test_fraction} is out of range, expected between 0 and 1")
     split_roots = {split: root / split for split in _SPLITS if (root / split).is_dir()}
     first = next(iter(split_roots.values()), root)
     classes = tuple(sorted(p.name for p in first.iterdir() if p.is_dir() and p.name[0] != "."))

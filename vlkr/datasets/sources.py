@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -77,16 +78,16 @@ class ShardSource:
         shards = webdataset.WebDataset(
             self.urls(), shardshuffle=False, nodesplitter=None, workersplitter=None
         )
-        url = None
         try:
             for raw in shards:
-                url = raw["__url__"]
                 yield self._sample(raw)
         except VlkrError:
             raise
-        except (OSError, ValueError, EOFError, IndexError) as error:
-            place = f"after {url}" if url else f"in {self.folder}"
-            raise VlkrError(f"cannot read a shard {place}: {error}") from error
+        except (OSError, tarfile.TarError, ValueError, EOFError, IndexError) as error:
+            # webdataset appends the stream and the shard's path to the error's arguments.
+            reason, *_, shard = error.args if len(error.args) > 1 else (error, self.folder)
+            reason = str(reason).partition(" @ <")[0]
+            raise VlkrError(f"cannot read shard {shard}: {reason}") from error
 
     def _sample(self, raw: dict[str, bytes | str]) -> Sample:
         key = str(raw["__key__"])
@@ -134,9 +135,13 @@ class FolderSource:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Image files at any depth below ``folder``, sorted by name."""
+    """Image files at any depth below ``folder`` that are not hidden, sorted by name."""
     suffixes = {f".{extension}" for extension in IMAGE_EXTENSIONS}
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    return sorted(
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in suffixes and p.name[0] != "." and p.is_file()
+    )
 
 
 def unit_hash(key: str, seed: int | None = None) -> float:

@@ -100,7 +100,8 @@ def evaluation_rows(evaluation: Evaluation) -> list[list[str]]:
     ]
     if evaluation.shifts:
         means = (f"{100 * evaluation.mean_shift(m):.1f}" for m in METRICS)
-        rows.append([f"mean of {len(evaluation.shifts)} shifts", "", *means])
+        number = len(evaluation.shifts)
+        rows.append([f"mean of {number} shift{'s' if number > 1 else ''}", "", *means])
         worst = evaluation.worst_shift()
         cells = (f"{100 * worst.metrics[m]:.1f}" for m in METRICS)
         rows.append([f"worst shift ({worst.dataset})", str(worst.images), *cells])

@@ -20,7 +20,7 @@ from vlkr.errors import VlkrError
 from vlkr.evaluation.metrics import classification_metrics
 from vlkr.evaluation.report import DatasetResult, Evaluation, evaluation_markdown
 from vlkr.evaluation.runs import load_run
-from vlkr.files import write_json, write_text
+from vlkr.files import check_free, write_json, write_text
 from vlkr.models.clip import ClipBundle, encode_image, load_clip, logit_scale, pick_device
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
 
@@ -38,6 +38,7 @@ def evaluate(
     num_workers: int = 0,
     device: str = "auto",
     output: Path | None = None,
+    force: bool = False,
 ) -> Evaluation:
     """Measures a model on its home dataset and under domain shift.
 
@@ -54,12 +55,17 @@ def evaluate(
         num_workers: processes that decode images; 0 does it in the main one.
         device: ``auto``, ``cpu``, ``cuda``, ...
         output: folder for ``metrics.json`` and ``report.md``.
+        force: write into a folder that holds something.
 
     Raises:
         VlkrError: for a model, run or dataset that cannot be read.
     """
     if (model is None) == (run is None):
         raise VlkrError("evaluate needs either --model NAME or --run DIR")
+    if run is not None and pretrained is not None:
+        raise VlkrError("--pretrained goes with --model; a run knows its own weights")
+    if output is not None:
+        check_free(output, force=force)
     context: dict[str, Any] = {}
     if run is not None:
         bundle, config = load_run(run)
@@ -72,11 +78,11 @@ def evaluate(
             "checkpoint": "last iteration",
         }
         datasets = datasets or [data["root"] or data["name"]]
-        templates = templates or data["templates"]
+        templates = data["templates"] if templates is None else templates
         test_fraction = data["test_fraction"]
     else:
         bundle = load_clip(str(model), pretrained)
-    given = tuple(templates) if templates else None
+    given = None if templates is None else tuple(templates)
     names = list(datasets or ["digits"])
     loaded = [load_dataset(n, templates=given, test_fraction=test_fraction) for n in names]
     if shifts:
@@ -113,6 +119,8 @@ def evaluate_bundle(
     target = pick_device(device)
     if batch_size < 1:
         raise VlkrError(f"batch size {batch_size} is too small, expected at least 1")
+    if num_workers < 0:
+        raise VlkrError(f"number of workers {num_workers} is negative")
     sources = [dataset.source(split) for dataset in datasets]
     model = bundle.model.to(target).eval()
     adapted = any(True for _ in hosts(model))
@@ -135,11 +143,20 @@ def evaluate_bundle(
             images = 0
             for batch in evaluation_loader(source, bundle.preprocess, batch_size, num_workers):
                 logits = _logits(model, batch.images.to(target), embedded[texts])
+                if not logits.isfinite().all():
+                    raise VlkrError(
+                        f"the model's logits on {dataset.name} are not finite: its training "
+                        "diverged, or its weights are damaged"
+                    )
                 metrics.update(logits, batch.labels.to(target))
                 images += len(batch.labels)
                 progress.update(task, completed=images)
-            if images == 0:
-                raise VlkrError(f"dataset {dataset.name!r} has no image in its split {split!r}")
+            expected = dataset.sizes.get(split, images)
+            if images == 0 or images != expected:
+                raise VlkrError(
+                    f"dataset {dataset.name!r} has {images or 'no'} images in its split {split!r}, "
+                    f"expected {expected or 'some'}"
+                )
             values = {name: round(float(v), 6) for name, v in metrics.compute().items()}
             results.append(DatasetResult(dataset.name, split, images, dataset.template_set, values))
     context = {

@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from vlkr.adapters import merge_adapters
-from vlkr.datasets import load_dataset
-from vlkr.evaluation.runs import load_run
+from vlkr.errors import VlkrError
+from vlkr.evaluation.runs import load_run, run_dataset
 from vlkr.export.parity import Parity, check_parity
 from vlkr.files import atomic_folder, check_free, write_json
 from vlkr.models.clip import load_clip, save_open_clip_folder
+
+_CARD = "vlkr_export.json"
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ def export(run: Path, output: Path, force: bool = False) -> ExportResult:
         VlkrError: if the run cannot be read, ``output`` exists, or the export differs.
     """
     check_free(output, force=force)
+    if output.is_dir() and any(output.iterdir()) and not (output / _CARD).is_file():
+        raise VlkrError(f"{output} holds no export; --force replaces nothing else")
     bundle, config = load_run(run)
-    data = config["data"]
-    dataset = load_dataset(data["root"] or data["name"], test_fraction=data["test_fraction"])
+    dataset = run_dataset(config)
     plain = deepcopy(bundle.model)
     merge_adapters(plain)
     with atomic_folder(output, force=force) as temporary:
@@ -70,7 +73,7 @@ def export(run: Path, output: Path, force: bool = False) -> ExportResult:
         reloaded = load_clip(f"local-dir:{temporary}")
         parity = check_parity(bundle, reloaded, dataset)
         write_json(
-            temporary / "vlkr_export.json",
+            temporary / _CARD,
             {
                 "base_model": bundle.name,
                 "base_pretrained": bundle.pretrained,

@@ -68,7 +68,7 @@ def check_parity(
         same_predictions=(predictions[0] == predictions[1]).double().mean().item(),
     )
     cosine = min(parity.min_image_cosine, parity.min_text_cosine)
-    if cosine < MIN_COSINE_FP32 or parity.same_predictions < 1:
+    if not cosine >= MIN_COSINE_FP32 or parity.same_predictions < 1:
         raise VlkrError(
             f"the export differs from the adapted model: least cosine {cosine:.6f} (expected at "
             f"least {MIN_COSINE_FP32}), same predictions {parity.same_predictions:.1%}"

@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import open_clip
 import safetensors.torch
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vlkr.errors import VlkrError
@@ -24,6 +26,16 @@ from vlkr.files import resource
 from vlkr.hashing import weights_hash
 
 TINY = "tiny"
+_LOAD_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    ImportError,
+    KeyError,
+    SafetensorError,
+    UnpicklingError,
+)
 
 
 @dataclass
@@ -85,9 +97,10 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipBundle:
             )
             model_cfg = deepcopy(open_clip.get_model_config(source))
             tokenizer = open_clip.get_tokenizer(source)
-    except (OSError, RuntimeError, ValueError, ImportError, KeyError) as error:
+    except _LOAD_ERRORS as error:
         reason = " ".join(str(error).split())
-        raise VlkrError(f"cannot load model {name!r} ({pretrained}): {reason[:400]}") from error
+        weights = f" with weights {pretrained!r}" if pretrained else ""
+        raise VlkrError(f"cannot load model {name!r}{weights}: {reason[:400]}") from error
     if quick_gelu:
         model_cfg["quick_gelu"] = True
     return ClipBundle(
@@ -100,6 +113,16 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipBundle:
         pretrained=pretrained,
         weights_hash=weights_hash(model),
     )
+
+
+def absolute_names(name: str, pretrained: str | None) -> tuple[str, str | None]:
+    """The same model and weights, with paths that hold from any working folder."""
+    source = _source(name)
+    if name != TINY and source.startswith("local-dir:"):
+        name = f"local-dir:{Path(source.removeprefix('local-dir:')).resolve()}"
+    if pretrained is not None and Path(pretrained).is_file():
+        pretrained = str(Path(pretrained).resolve())
+    return name, pretrained
 
 
 def _source(name: str) -> str:
@@ -146,15 +169,18 @@ def _check_names(source: str, name: str, pretrained: str | None) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps open_clip's chatter on the root logger out of the user's terminal."""
-    level = logging.root.level
-    logging.root.setLevel(logging.ERROR)
+    """Keeps open_clip's chatter on the root logger, and the hub's, out of the user's terminal."""
+    loggers = [logging.root, logging.getLogger("huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="QuickGELU mismatch", category=UserWarning)
             yield
     finally:
-        logging.root.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def save_open_clip_folder(bundle: ClipBundle, folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -191,8 +217,52 @@ def encode_image(model: nn.Module, images: Tensor) -> Tensor:
 
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     """Normalised text features, ``(num_texts, context_length)`` to ``(num_texts, embed_dim)``."""
-    features: Tensor = model.encode_text(tokens, normalize=True)  # type: ignore[operator]
+    length = _seen_length(model, tokens)
+    with _shortened(model, length):
+        features: Tensor = model.encode_text(  # type: ignore[operator]
+            tokens[:, :length], normalize=True
+        )
     return features
+
+
+def _text_owner(model: nn.Module) -> nn.Module:
+    """The module that holds the text tower's positions and mask."""
+    text = getattr(model, "text", None)
+    return text if isinstance(text, nn.Module) else model
+
+
+def _seen_length(model: nn.Module, tokens: Tensor) -> int:
+    """How many tokens the text features depend on.
+
+    A causal tower that pools at the end token sees nothing behind it, so that the padding can be
+    cut off exactly; other towers see all of it.
+    """
+    owner = _text_owner(model)
+    pool = getattr(owner, "text_pool_type", getattr(owner, "pool_type", None))
+    causal = isinstance(getattr(owner, "attn_mask", None), Tensor)
+    sees_padding = getattr(owner, "use_pad_mask", False) or getattr(owner, "cls_emb", None)
+    if pool != "argmax" or not causal or (sees_padding is not None and sees_padding is not False):
+        return tokens.shape[1]
+    return int(tokens.argmax(dim=1).max()) + 1
+
+
+@contextmanager
+def _shortened(model: nn.Module, length: int) -> Iterator[None]:
+    """Cuts the text tower's positions and mask to ``length`` tokens within the block."""
+    owner = _text_owner(model)
+    positions = owner._parameters.get("positional_embedding")
+    if positions is None or positions.shape[0] == length:
+        yield
+        return
+    mask = owner._buffers["attn_mask"]
+    assert mask is not None
+    try:
+        owner._parameters["positional_embedding"] = positions[:length]  # type: ignore[assignment]
+        owner._buffers["attn_mask"] = mask[:length, :length]
+        yield
+    finally:
+        owner._parameters["positional_embedding"] = positions
+        owner._buffers["attn_mask"] = mask
 
 
 def logit_scale(model: nn.Module) -> Tensor:

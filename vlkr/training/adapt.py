@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import logging
+import shutil
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 
 from vlkr.adapters import (
@@ -30,10 +25,19 @@ from vlkr.datasets.pipelines import train_transform
 from vlkr.errors import VlkrError
 from vlkr.evaluation.report import Evaluation, evaluation_markdown
 from vlkr.evaluation.zero_shot import evaluate_bundle
-from vlkr.files import check_free, write_json, write_text
-from vlkr.models.clip import ClipBundle, image_size, load_clip
+from vlkr.files import check_free, read_yaml, write_json, write_text
+from vlkr.models.clip import ClipBundle, absolute_names, image_size, load_clip
 from vlkr.training.module import FewShotModule
 from vlkr.training.optim import OptimizerOptions
+from vlkr.training.trainer import (
+    CHECKPOINT,
+    TrainerOptions,
+    fit,
+    make_trainer,
+    quiet_lightning,
+)
+
+_ANY_ON_RESUME = {"data.num_workers", "trainer.accelerator", "trainer.progress"}
 
 
 @dataclass(frozen=True)
@@ -59,25 +63,6 @@ class AdapterOptions:
     def place(self) -> dict[str, Any]:
         """Where the adapters go, as keyword arguments of :func:`vlkr.add_adapters`."""
         return {"targets": tuple(self.targets), "towers": tuple(self.towers), "blocks": self.blocks}
-
-
-@dataclass(frozen=True)
-class TrainerOptions:
-    """How long and where to train.
-
-    Args:
-        epochs: passes over the (oversampled) training images.
-        precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
-        accelerator: ``auto``, ``cpu``, ``gpu``, as Lightning's Trainer names them.
-        accumulate_grad_batches: batches per optimizer step.
-        progress: show a progress bar.
-    """
-
-    epochs: int = 10
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    accelerator: str = "auto"
-    accumulate_grad_batches: int = 1
-    progress: bool = True
 
 
 @dataclass
@@ -127,8 +112,8 @@ def adapt(
     """Adapts a CLIP model to a few labelled images per class and writes a run folder.
 
     The folder holds the resolved ``config.yaml``, ``adapter/``, ``metrics.json``, ``report.md``,
-    ``logs/`` (CSV and TensorBoard) and ``checkpoints/last.ckpt``. The adapter is that of the last
-    iteration.
+    ``logs/`` (CSV and TensorBoard) and ``checkpoints/last.ckpt``, written after each epoch. The
+    adapter is that of the last iteration.
 
     Args:
         output: the run folder.
@@ -145,19 +130,21 @@ def adapt(
     Raises:
         VlkrError: for any option that does not make sense, before anything is written.
     """
-    checkpoint = output / "checkpoints" / "last.ckpt"
+    checkpoint = output / CHECKPOINT
     optimizer.check()
+    trainer.check()
     adapter_class(adapter.name)
-    if trainer.epochs < 1:
-        raise VlkrError(f"trainer.epochs {trainer.epochs} is too small, expected at least 1")
+    if not 0 <= seed < 2**32:
+        raise VlkrError(f"seed {seed} is out of range, expected 0 to {2**32 - 1}")
     if resume and not checkpoint.is_file():
         raise VlkrError(f"nothing to resume: no {checkpoint}")
-    if not resume:
-        check_free(output, force=force, hint="--resume goes on with it, --force overwrites it")
+    check_free(
+        output, force=force or resume, hint="--resume goes on with it, --force overwrites it"
+    )
     dataset = data.load()
-    dataset.source("test")
-    if pretrained is not None and Path(pretrained).is_file():
-        pretrained = str(Path(pretrained).resolve())
+    if next(iter(dataset.source("test")), None) is None:
+        raise VlkrError(f"dataset {dataset.name!r} has no image in its split 'test'")
+    model, pretrained = absolute_names(model, pretrained)
     bundle = load_clip(model, pretrained)
     L.seed_everything(seed, workers=True, verbose=False)
     options, place = dict(adapter.options), adapter.place()
@@ -181,23 +168,24 @@ def adapt(
     )
     add_adapters(bundle.model, adapter.name, **place, **options)
     module = FewShotModule(bundle, dataset.class_names, dataset.templates, optimizer, seed)
-    write_text(output / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-    started = time.perf_counter()
-    with _quiet_lightning():
-        fit = _trainer(output, trainer, optimizer)
-        fit.fit(
-            module,
-            datamodule=datamodule,
-            ckpt_path=str(checkpoint) if resume else None,
-            weights_only=True,
-        )
-    if fit.interrupted:
-        raise KeyboardInterrupt
+    with quiet_lightning():
+        lightning_trainer = make_trainer(output, trainer, optimizer.grad_clip)
+        if resume:
+            _keep_log(output / "logs" / "csv" / "metrics.csv")
+        else:
+            _clear(output)
+        write_text(output / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        started = time.perf_counter()
+        fit(lightning_trainer, module, datamodule, checkpoint, resume=resume)
     seconds = time.perf_counter() - started
     bundle.model.to("cpu").eval()
     save_adapter(bundle.model, output / "adapter", base_model=bundle.label, force=True)
     evaluation = evaluate_bundle(
-        bundle, [dataset], batch_size=128, num_workers=data.num_workers, device="auto"
+        bundle,
+        [dataset],
+        batch_size=128,
+        num_workers=data.num_workers,
+        device=str(lightning_trainer.strategy.root_device),
     )
     evaluation.context |= {
         "adapter": adapter.name,
@@ -234,70 +222,33 @@ def _train_transform(bundle: ClipBundle, data: DataOptions) -> Any:
     )
 
 
+def _keep_log(log: Path) -> None:
+    """Renames the CSV log of the part before, which Lightning would delete."""
+    if log.is_file():
+        log.rename(log.with_name(f"metrics-{len(list(log.parent.glob('*.csv')))}.csv"))
+
+
+def _clear(output: Path) -> None:
+    """Removes what an earlier run left, and nothing else."""
+    for name in ("adapter", "logs", Path(CHECKPOINT).parts[0]):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in ("config.yaml", "metrics.json", "report.md"):
+        (output / name).unlink(missing_ok=True)
+
+
 def _check_same_config(path: Path, config: dict[str, Any]) -> None:
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for key, value in config.items():
-        if before.get(key) != value and key != "trainer":
+    before = _flat(read_yaml(path))
+    for key, value in _flat(config).items():
+        if before.get(key) != value and key not in _ANY_ON_RESUME:
             raise VlkrError(
                 f"cannot resume: {key} is {value} now and was {before.get(key)} in {path}"
             )
 
 
-class _ProgressBar(RichProgressBar):
-    """Without the logger's version number."""
-
-    def get_metrics(
-        self, trainer: L.Trainer, pl_module: L.LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
-
-
-def _trainer(output: Path, options: TrainerOptions, optimizer: OptimizerOptions) -> L.Trainer:
-    callbacks: list[Callback] = [
-        ModelCheckpoint(
-            dirpath=output / "checkpoints", save_last=True, save_top_k=0, every_n_epochs=1
-        )
-    ]
-    if options.progress:
-        callbacks.append(_ProgressBar(console_kwargs={"stderr": True}))
-    return L.Trainer(
-        max_epochs=options.epochs,
-        precision=options.precision,
-        accelerator=options.accelerator,
-        devices=1,
-        accumulate_grad_batches=options.accumulate_grad_batches,
-        gradient_clip_val=optimizer.grad_clip or None,
-        callbacks=callbacks,
-        logger=[
-            CSVLogger(output / "logs", name="", version="csv"),
-            TensorBoardLogger(output / "logs", name="", version="tensorboard"),
-        ],
-        default_root_dir=output,
-        enable_progress_bar=options.progress,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Mutes advice about hardware and workers that a user of the command line cannot follow."""
-    loggers = [logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not")
-            warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = isinstance(value, dict) and key != "options"
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat

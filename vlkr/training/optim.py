@@ -28,11 +28,12 @@ class OptimizerOptions:
 
     def check(self) -> None:
         """Raises :class:`VlkrError` for a number out of range."""
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise VlkrError(f"optimizer.lr {self.lr} is out of range, expected above 0")
         for option in ("weight_decay", "warmup_steps", "grad_clip"):
-            if getattr(self, option) < 0:
-                raise VlkrError(f"optimizer.{option} {getattr(self, option)} is negative")
+            value = getattr(self, option)
+            if not 0 <= value < math.inf:
+                raise VlkrError(f"optimizer.{option} {value} is out of range, expected at least 0")
 
 
 def make_optimizer(

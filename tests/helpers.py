@@ -1,0 +1,112 @@
+"""What several tests need: a small CLIP with random weights, images whose colour tells the class."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "real"
+COLORS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+
+_MODEL = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+    "text_cfg": {
+        "context_length": 16,
+        "vocab_size": 49408,
+        "width": 16,
+        "heads": 2,
+        "layers": 1,
+    },
+}
+_PREPROCESS = {
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "interpolation": "bicubic",
+    "resize_mode": "squash",
+}
+
+
+def write_clip(folder: Path, seed: int = 0) -> str:
+    """Writes an open_clip folder with random weights; returns the model's name for vlkr."""
+    folder.mkdir(parents=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = open_clip.model.CLIP(**_MODEL)
+    config = {"model_cfg": _MODEL, "preprocess_cfg": _PREPROCESS}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return f"local-dir:{folder}"
+
+
+def color_image(name: str, seed: int) -> bytes:
+    """A PNG of 20x20 pixels, a class's colour with noise."""
+    noise = np.random.default_rng(seed).normal(0, 25, (20, 20, 3))
+    pixels = np.clip(np.array(COLORS[name]) + noise, 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write_images(
+    root: Path, per_class: int = 12, names: Iterable[str] = COLORS, splits: Sequence[str] = ("",)
+) -> Path:
+    """Writes ``<class>/<i>.png``, below each split's folder if there are splits."""
+    for s, split in enumerate(splits):
+        for c, name in enumerate(names):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                (folder / f"{i}.png").write_bytes(color_image(name, 10_000 * s + 100 * c + i))
+    return root
+
+
+def write_tar(path: Path, samples: Iterable[tuple[str, bytes, object]]) -> None:
+    """Writes one webdataset shard of ``(key, image, label)``, with the standard library alone."""
+    with tarfile.open(path, "w") as archive:
+        for key, image, label in samples:
+            for extension, content in (("png", image), ("cls", str(label).encode())):
+                entry = tarfile.TarInfo(f"{key}.{extension}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+
+
+def write_shards(
+    root: Path,
+    per_class: int = 8,
+    shards: int = 2,
+    splits: Sequence[str] = ("train", "test"),
+    labels: Sequence[object] = (0, 1, 2),
+) -> Path:
+    """Writes a dataset of shards in CLIP_benchmark's layout, its samples dealt out in turn."""
+    root.mkdir(parents=True)
+    (root / "classnames.txt").write_text("\n".join(COLORS) + "\n")
+    for s, split in enumerate(splits):
+        (root / split).mkdir()
+        (root / split / "nshards.txt").write_text(str(shards))
+        samples = [
+            (f"s{c}_{i}", color_image(name, 10_000 * s + 100 * c + i), label)
+            for i in range(per_class)
+            for c, (name, label) in enumerate(zip(COLORS, labels, strict=True))
+        ]
+        for shard in range(shards):
+            write_tar(root / split / f"{shard}.tar", samples[shard::shards])
+    return root
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything below ``folder``: file contents by relative path, None for a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }

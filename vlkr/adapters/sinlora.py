@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vlkr.adapters.lora import LoRA
+
+
+class SinLoRA(LoRA):
+    """Low-rank adapter under a sine, ``sin(frequency * lora_B @ lora_A) / gain``.
+
+    The sine raises the rank without a parameter (Ji et al., arXiv 2403.19243, eq. 4). An input
+    dropout is not possible under the sine, so there is none.
+
+    Args:
+        in_features: columns of the base weight.
+        out_features: rows of the base weight.
+        rank: the inner size.
+        frequency: in the sine.
+        gain: divides it; None takes ``sqrt(in_features)``.
+
+    >>> SinLoRA.num_parameters(768, 3072, rank=8)
+    30720
+    """
+
+    factored = False
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int = 16,
+        frequency: float = 200.0,
+        gain: float | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, rank=rank)
+        self.frequency = frequency
+        self.gain = gain
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        """``(out_features, in_features)``; ignores ``weight``."""
+        gain = math.sqrt(self.in_features) if self.gain is None else self.gain
+        return torch.sin(self.frequency * (self.lora_B @ self.lora_A)) / gain

@@ -1,0 +1,1 @@
+"""How well adapters follow matrices of known spectra: closed forms, training, measures."""

@@ -1,0 +1,87 @@
+"""What an approximation keeps of its target."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlkr.functional import spectrum_measures, subspace_overlap
+
+#: dimensions of the leading subspaces that are compared.
+LEADING = 16
+
+
+class Decomposition(NamedTuple):
+    """Singular values ``(min(m, n))`` and the leading singular vectors ``(m, k)``, ``(n, k)``."""
+
+    sigma: Tensor
+    left: Tensor
+    right: Tensor
+
+
+def decompose(matrix: Tensor, leading: int = LEADING) -> Decomposition:
+    """Decomposes a matrix by way of its Gram matrix in fp64, half the time of an SVD in fp32.
+
+    Singular values are exact to about 1e-8 of the largest one. Directions whose singular value is
+    below that are no directions and are left out.
+
+    Args:
+        matrix: ``(m, n)``.
+        leading: how many singular vectors to keep.
+    """
+    wide = matrix.double()
+    if wide.shape[0] < wide.shape[1]:
+        sigma, right, left = decompose(matrix.T, leading)
+        return Decomposition(sigma, left, right)
+    values, vectors = torch.linalg.eigh(wide.T @ wide)
+    sigma = values.flip(0).clamp_min(0).sqrt()
+    sigma = torch.where(sigma > 1e-7 * sigma[0], sigma, 0)
+    count = int((sigma[:leading] > 0).sum())
+    right = vectors.flip(1)[:, :count]
+    return Decomposition(sigma.float(), (wide @ right / sigma[:count]).float(), right.float())
+
+
+def target_measures(target: Decomposition) -> dict[str, float]:
+    """Ranks and norms of a target."""
+    return {name: float(value) for name, value in spectrum_measures(target.sigma).items()}
+
+
+def approximation_measures(
+    approximation: Tensor, target: Tensor, found: Decomposition, expected: Decomposition
+) -> dict[str, float]:
+    """Errors of an approximation, and its own ranks and norms.
+
+    ``sigma_difference`` is the mean absolute difference of the sorted singular values, published
+    as "nuclear error"; it is blind to singular vectors. ``spectral_error`` and
+    ``relative_frobenius`` are norms of the difference over the target's. ``subspace_error`` is 1
+    less the mean squared cosine between the leading singular subspaces, the mean of left and right;
+    where the target's spectrum is flat, its leading subspace is arbitrary and this is near 1.
+
+    Args:
+        approximation: ``(m, n)``.
+        target: ``(m, n)``, not zero.
+        found: decomposition of the approximation.
+        expected: decomposition of the target.
+    """
+    difference = approximation - target
+    norm = float(torch.linalg.vector_norm(difference))
+    gram = (
+        difference.T @ difference
+        if difference.shape[0] > difference.shape[1]
+        else (difference @ difference.T)
+    )
+    spectral = float(torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt())
+    overlap = sum(
+        float(subspace_overlap(a, b)) * a.shape[1] / b.shape[1] if a.shape[1] else 0.0
+        for a, b in ((found.left, expected.left), (found.right, expected.right))
+    )
+    return {
+        "sigma_difference": float((found.sigma - expected.sigma).abs().mean()),
+        "frobenius": norm,
+        "relative_frobenius": norm / float(torch.linalg.vector_norm(expected.sigma)),
+        "spectral_error": spectral / float(expected.sigma[0]),
+        "subspace_error": max(0.0, 1 - overlap / 2),
+        **{name: float(value) for name, value in spectrum_measures(found.sigma).items()},
+    }

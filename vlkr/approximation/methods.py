@@ -1,0 +1,145 @@
+"""The methods of the benchmark: adapters at an equal budget, and their optima in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from vlkr.adapters.base import Adapter
+from vlkr.adapters.budget import match_budget
+from vlkr.adapters.kradapter import KRAdapter
+from vlkr.adapters.krona import KronA
+from vlkr.adapters.lora import LoRA
+from vlkr.adapters.registry import adapter_class, check_options
+from vlkr.errors import VlkrError
+from vlkr.functional import khatri_rao, project_kradapter, project_kronecker, project_lora
+
+DEFAULT_METHODS = (
+    "lora",
+    "sinlora",
+    "kradapter",
+    "kradapter:rule=balanced",
+    "randlora",
+    "krona",
+    "vera",
+    "full",
+)
+#: a method whose nearest size is further than this from the budget keeps its own size.
+TOLERANCE = 0.1
+#: matrices of unit mean square ask for a plain product, where layers have their own scale.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "kradapter": {"scale": 1.0},
+    "sinlora": {"frequency": 20.0, "gain": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """An adapter and its options for a matrix of one shape.
+
+    Attributes:
+        name: as it is given, ``lora`` or ``kradapter:rule=balanced``.
+        parameters: trainable ones.
+        make: an adapter for this seed.
+        options: of the adapter, for the reader.
+    """
+
+    name: str
+    parameters: int
+    make: Callable[[int], Adapter]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def budget(in_features: int, out_features: int, num_terms: int = 1) -> int:
+    """The benchmark's parameter count: the balanced KRAdapter's with this many products."""
+    return KRAdapter.num_parameters(in_features, out_features, rule="balanced", num_terms=num_terms)
+
+
+def sized_method(name: str, in_features: int, out_features: int, num_terms: int = 1) -> Method:
+    """A method with the size that is nearest to the budget.
+
+    Args:
+        name: ``lora``, or with options ``kradapter:rule=balanced,num_terms=2``. A size among the
+            options is kept.
+        in_features: columns of the matrix.
+        out_features: rows.
+        num_terms: as for :func:`budget`.
+
+    Raises:
+        VlkrError: for an unknown method or option, or one that changes no weight.
+    """
+    kind, options = _parse(name)
+    cls = adapter_class(kind)
+    if cls.adapts_bias or kind == "dora":
+        raise VlkrError(f"method {kind!r} has no change of a weight by itself to approximate with")
+    options = _OPTIONS.get(kind, {}) | options
+    if cls.budget_option and cls.budget_option not in options:
+        with torch.device("meta"):
+            matrix = nn.Sequential(nn.Linear(in_features, out_features, bias=False))
+        to = {"rule": "balanced", "num_terms": num_terms}
+        found = match_budget(kind, matrix, targets=["0"], to_options=to, **options)
+        if abs(found.difference) <= TOLERANCE:
+            options = found.options
+    if kind == "randlora" and "alpha" not in options:
+        options["alpha"] = float(options.get("rank", 32))
+    parameters = cls.num_parameters(in_features, out_features, **options)
+
+    def make(seed: int) -> Adapter:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            basis = {"seed": 2 * seed} if kind in ("randlora", "vera") else {}
+            return cls(in_features, out_features, **(basis | options))
+
+    return Method(name, parameters, make, options)
+
+
+def _parse(name: str) -> tuple[str, dict[str, Any]]:
+    kind, _, text = name.partition(":")
+    options = {}
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise VlkrError(f"{item!r} in method {name!r} is no option, expected name=value")
+        options[key.strip()] = yaml.safe_load(value)
+    check_options(kind, options)
+    return kind, options
+
+
+def optimum(adapter: Adapter, target: Tensor) -> Tensor | None:
+    """The change nearest to ``target`` that a method can make, from its closed form.
+
+    Args:
+        adapter: gives the method and its size; its factors do not matter.
+        target: ``(out_features, in_features)``.
+
+    Returns:
+        The change, or None for a method without a closed form. For a KRAdapter whose factors
+        do not fill the long side exactly, its error is an upper bound on the optimum's.
+    """
+    if type(adapter) is LoRA:
+        lora_a, lora_b = project_lora(target, adapter.rank)
+        return lora_b @ lora_a
+    if type(adapter) is KronA:
+        left, right = project_kronecker(
+            target, adapter.krona_A.shape[1:], num_terms=adapter.num_terms
+        )
+        blocks = torch.einsum("tac,tbd->abcd", left, right)
+        return blocks.flatten(2, 3).flatten(0, 1)
+    if type(adapter) is KRAdapter and adapter.num_factors == 2:
+        inner = adapter.u if adapter.rule == "reference" else adapter.v
+        u, v = project_kradapter(target, inner.shape[-1], num_terms=adapter.num_terms)
+        product = khatri_rao(u.flatten(0, 1), v.flatten(0, 1))
+        product = product.unflatten(0, u.shape[:2]).sum(0)[:, : max(target.shape)]
+        return product if target.shape[0] <= target.shape[1] else product.T
+    return None
+
+
+def kaiming(factor: Tensor) -> None:
+    """Fills a matrix as :class:`torch.nn.Linear` starts its weight."""
+    nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
