@@ -1,4 +1,4 @@
-"""What several tests need: a small CLIP with random weights, images whose colour tells the class."""
+"""A small CLIP with random weights, and images whose colour tells their class."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "real"
 COLORS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 
-_MODEL = {
+MODEL = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
     "text_cfg": {
@@ -42,8 +42,8 @@ def write_clip(folder: Path, seed: int = 0) -> str:
     folder.mkdir(parents=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = open_clip.model.CLIP(**_MODEL)
-    config = {"model_cfg": _MODEL, "preprocess_cfg": _PREPROCESS}
+        model = open_clip.model.CLIP(**MODEL)
+    config = {"model_cfg": MODEL, "preprocess_cfg": _PREPROCESS}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}"
@@ -110,3 +110,19 @@ def tree(folder: Path) -> dict[str, bytes | None]:
         path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
+
+
+def small_run(output: Path, model: str, root: Path, **changes: object) -> None:
+    """Adapts ``model`` to the images below ``root`` in a second, with few steps and shots."""
+    from vlkr.datasets import DataOptions
+    from vlkr.training.adapt import AdapterOptions, adapt
+    from vlkr.training.optim import OptimizerOptions
+    from vlkr.training.trainer import TrainerOptions
+
+    options = {
+        "adapter": AdapterOptions(),
+        "data": DataOptions(root=root, shots=4, batch_size=8, min_steps_per_epoch=3),
+        "optimizer": OptimizerOptions(lr=1e-2),
+        "trainer": TrainerOptions(epochs=2, accelerator="cpu", progress=False),
+    }
+    return adapt(output, model, **(options | changes))

@@ -4,7 +4,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlkr.functional import effective_rank, khatri_rao, stable_rank
+from vlkr.errors import VlkrError
+from vlkr.functional import (
+    effective_rank,
+    khatri_rao,
+    nuclear_norm,
+    project_kradapter,
+    project_kronecker,
+    project_lora,
+    singular_values,
+    spectrum_measures,
+    stable_rank,
+    subspace_overlap,
+)
 
 SIZES = st.integers(1, 7)
 
@@ -108,3 +120,125 @@ def test_ranks_lie_between_zero_and_the_short_side(m, n, true_rank, scale):
         assert not np.isnan(value)
         assert 0 <= value <= min(m, n) * (1 + 1e-5)
         assert (value == 0) == (not matrix.any())
+
+
+def norm(matrix):
+    return float(np.linalg.norm(np.asarray(matrix, dtype=np.float64).reshape(-1)))
+
+
+def tail_norm(matrix, rank):
+    """Frobenius norm of what the best approximation of a rank leaves."""
+    return norm(np.linalg.svd(matrix.double().numpy(), compute_uv=False)[rank:])
+
+
+def test_spectrum_measures_are_numpys_norms():
+    matrix = torch.randn(9, 5, dtype=torch.float64)
+    sigma = np.linalg.svd(matrix.numpy(), compute_uv=False)
+    measures = spectrum_measures(singular_values(matrix))
+    assert nuclear_norm(matrix).item() == pytest.approx(np.linalg.norm(matrix.numpy(), "nuc"))
+    assert measures["nuclear_norm"].item() == pytest.approx(sigma.sum())
+    assert measures["frobenius_norm"].item() == pytest.approx(norm(matrix))
+    assert measures["spectral_norm"].item() == pytest.approx(sigma[0])
+    assert measures["effective_rank"].item() == pytest.approx(numpy_effective_rank(matrix))
+    assert all(v.item() == 0 for v in spectrum_measures(torch.zeros(4)).values())
+
+
+@pytest.mark.parametrize(("k", "j"), [(2, 2), (1, 4), (3, 5), (8, 2)])
+def test_subspace_overlap_is_the_mean_squared_cosine(k, j):
+    a, b = orthogonal(8)[:, :k], orthogonal(8)[:, :j]
+    # The projector onto a, seen from b, has these squared cosines for eigenvalues.
+    squared = np.linalg.eigvalsh((b.T @ a @ a.T @ b).numpy())[::-1][: min(k, j)]
+    assert subspace_overlap(a, b).item() == pytest.approx(squared.mean())
+    assert subspace_overlap(a, a).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 12), (12, 6)])
+@pytest.mark.parametrize("rank", [1, 3, 6, 20])
+def test_project_lora_has_eckart_and_youngs_error(shape, rank):
+    matrix = torch.randn(shape, dtype=torch.float64)
+    a, b = project_lora(matrix, rank)
+    assert (a.shape, b.shape) == ((rank, shape[1]), (shape[0], rank))
+    assert norm(b @ a - matrix) == pytest.approx(tail_norm(matrix, rank), abs=1e-9)
+    assert norm(a) == pytest.approx(norm(b))
+
+
+def khatri_rao_sum(u, v, shape):
+    short, long = sorted(shape)
+    total = torch.zeros(short, long, dtype=u.dtype)
+    for u_term, v_term in zip(u, v, strict=True):
+        for i in range(short):
+            total[i] += torch.kron(v_term[i], u_term[i])[:long]
+    return total.T if shape[0] > shape[1] else total
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (12, 12)])
+@pytest.mark.parametrize(("k1", "num_terms"), [(3, 1), (4, 1), (4, 2), (3, 3), (3, 5)])
+def test_project_kradapter_is_the_truncated_svd_of_every_row(shape, k1, num_terms):
+    matrix = torch.randn(shape, dtype=torch.float64)
+    u, v = project_kradapter(matrix, k1, num_terms=num_terms)
+    rows = matrix if shape[0] <= shape[1] else matrix.T
+    best = norm([tail_norm(row.reshape(12 // k1, k1), num_terms) for row in rows])
+    assert u.shape == (num_terms, rows.shape[0], k1)
+    assert v.shape == (num_terms, rows.shape[0], 12 // k1)
+    assert norm(khatri_rao_sum(u, v, shape) - matrix) == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(5, 11), (11, 5), (7, 7), (1, 10)])
+@pytest.mark.parametrize("num_terms", [1, 2])
+def test_project_kradapter_with_truncated_columns_beats_zero_filling(shape, num_terms):
+    short, long = sorted(shape)
+    k1 = 3
+    k2 = -(-long // k1)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    rows = matrix if shape[0] <= shape[1] else matrix.T
+    filled = torch.zeros(short, k1 * k2, dtype=torch.float64)
+    filled[:, :long] = rows
+    zero_filled = norm([tail_norm(row.reshape(k2, k1), num_terms) for row in filled])
+    errors = []
+    for refine in (0, 5, 50):
+        u, v = project_kradapter(matrix, k1, num_terms=num_terms, refine=refine)
+        errors.append(norm(khatri_rao_sum(u, v, shape) - matrix))
+    assert errors[0] <= zero_filled
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (5, 11)])
+def test_project_kradapter_finds_what_a_kradapter_made(shape):
+    short, long = sorted(shape)
+    u, v = torch.randn(1, short, 3).double(), torch.randn(1, short, -(-long // 3)).double()
+    matrix = khatri_rao_sum(u, v, shape)
+    found = project_kradapter(matrix, 3, refine=300)
+    assert norm(khatri_rao_sum(*found, shape) - matrix) < 1e-3 * norm(matrix)
+
+
+@pytest.mark.parametrize("left_shape", [(2, 3), (4, 2), (1, 1), (8, 12)])
+@pytest.mark.parametrize("num_terms", [1, 2])
+def test_project_kronecker_is_the_truncated_svd_of_the_blocks(left_shape, num_terms):
+    matrix = torch.randn(8, 12, dtype=torch.float64)
+    left, right = project_kronecker(matrix, left_shape, num_terms=num_terms)
+    height, width = 8 // left_shape[0], 12 // left_shape[1]
+    blocks = [
+        matrix[i * height : (i + 1) * height, j * width : (j + 1) * width].flatten()
+        for i in range(left_shape[0])
+        for j in range(left_shape[1])
+    ]
+    total = sum(torch.kron(a, b) for a, b in zip(left, right, strict=True))
+    best = tail_norm(torch.stack(blocks), num_terms)
+    assert norm(total - matrix) == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda m: project_lora(m, 0), "rank 0"),
+        (lambda m: project_kradapter(m, 0), "k1 0"),
+        (lambda m: project_kradapter(m, 13), "k1 13"),
+        (lambda m: project_kradapter(m, 3, num_terms=0), "num_terms 0"),
+        (lambda m: project_kronecker(m, (3, 3)), "3x3"),
+        (lambda m: project_kronecker(m, (2, 0)), "2x0"),
+        (lambda m: project_kronecker(m, (2, 3), num_terms=0), "num_terms 0"),
+    ],
+)
+def test_projections_name_what_is_out_of_range(call, named):
+    with pytest.raises(VlkrError, match=named):
+        call(torch.randn(8, 12))

@@ -134,7 +134,7 @@ def _run(name: str, arguments: list[str]) -> int:
     lists = {name for name, hint in types.items() if re.search(r"\b(list|tuple)\[", str(hint))}
     try:
         parsed = parser.parse_args(_normalise(_shipped_config(arguments), lists))
-        options = parser.instantiate_classes(parsed).as_dict()
+        options = parser.instantiate(parsed).as_dict()
     except ArgumentError as error:
         raise VlkrError(_explain(str(error), types)) from error
     options.pop("config", None)

@@ -160,7 +160,7 @@ def project_lora(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def project_kradapter(
-    matrix: Tensor, k1: int, *, num_terms: int = 1, refine: int = 20
+    matrix: Tensor, k1: int, *, num_terms: int = 1, refine: int = 5
 ) -> tuple[Tensor, Tensor]:
     """Best approximation by a sum of row-wise Khatri-Rao products in the Frobenius norm.
 

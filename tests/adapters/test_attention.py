@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from vlkr.adapters import adapter_parameters, add_adapters, merge_adapters
+from vlkr.adapters import adapter_parameters, add_adapters, merge_adapters, use_adapters
 from vlkr.errors import VlkrError
 
 WIDTH, HEADS, BATCH, QUERIES, KEYS = 16, 4, 3, 6, 5
@@ -198,6 +198,24 @@ def test_cross_attention_has_the_gradients_of_dense_autograd(
         rtol=1e-9,
         atol=1e-11,
     )
+
+
+@pytest.mark.parametrize("inputs", INPUTS.values(), ids=list(INPUTS))
+@pytest.mark.parametrize(("one", "other"), [("kradapter", "lora"), ("lora", "kradapter")])
+def test_an_adapter_of_the_whole_and_one_of_a_slice_add_up(one, other, inputs, adapt, disturb):
+    attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    model, base, _ = adapt(nn.Sequential(attention), one, targets=["qkv"])
+    add_adapters(model, other, targets=["v"], adapter_name="second")
+    use_adapters(model, "default", "second")
+    disturb(model)
+    with torch.no_grad():
+        base[0].in_proj_weight += attention.adapters["default"]["qkv"].delta()
+        base[0].in_proj_weight[2 * WIDTH :] += attention.adapters["second"]["v"].delta()
+    x = inputs()
+    expected = base[0](*x)
+    assert_same(attention(*x), expected)
+    merge_adapters(model)
+    assert_same(attention(*x), expected)
 
 
 def test_lora_dropout_acts_in_attention_while_training(adapt):

@@ -90,9 +90,7 @@ def test_gradients_equal_those_of_dense_autograd(host, adapt_host, dense_weights
 
 @pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
 def test_gradients_pass_gradcheck(in_features, out_features, method, adapt):
-    model, _, _ = adapt(
-        nn.Sequential(nn.Linear(in_features, out_features)), method, targets=["0"]
-    )
+    model, _, _ = adapt(nn.Sequential(nn.Linear(in_features, out_features)), method, targets=["0"])
     model.double()
     x = torch.randn(2, 2, in_features, dtype=torch.float64, requires_grad=True)
     # DoRA takes its norm as constant (section 4.3), so finite differences in its factors differ.
@@ -266,13 +264,8 @@ def test_merging_into_bf16_rounds_once(method, adapt, dense_weights):
         assert torch.equal(merged_weight, weight.bfloat16())
 
 
-@pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
-def test_compiled_linear_gives_the_same_outputs_and_gradients(
-    in_features, out_features, method, adapt
-):
-    model, _, _ = adapt(
-        nn.Sequential(nn.Linear(in_features, out_features)), method, targets=["0"]
-    )
+def assert_compiles(in_features, out_features, method, adapt):
+    model, _, _ = adapt(nn.Sequential(nn.Linear(in_features, out_features)), method, targets=["0"])
     x = torch.randn(4, in_features, requires_grad=True)
     wanted = [x, *adapter_parameters(model)]
     expected = torch.autograd.grad(model(x).square().sum(), wanted)
@@ -283,6 +276,15 @@ def test_compiled_linear_gives_the_same_outputs_and_gradients(
         found = torch.autograd.grad(y.square().sum(), wanted)
     torch.testing.assert_close(y, model(x))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_linear_gives_the_same_outputs_and_gradients(method, adapt):
+    assert_compiles(12, 6, method, adapt)
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
+def test_compiled_kradapter_of_every_shape(in_features, out_features, adapt):
+    assert_compiles(in_features, out_features, "kradapter", adapt)
 
 
 def test_merged_block_computes_as_the_adapted_model(host, adapt_host):

@@ -40,6 +40,9 @@ def balanced_column(p, q, k1, k2):
     return p * k2 + q
 
 
+RULES = [("reference", reference_column), ("balanced", balanced_column)]
+
+
 @pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
 def test_reference_rule_equals_the_authors_layer(in_features, out_features):
     adapter = KRAdapter(in_features, out_features)
@@ -65,7 +68,7 @@ def test_balanced_rule_equals_the_authors_matrix_benchmark(in_features, out_feat
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 24), st.integers(1, 24), st.floats(-4, 4))
 def test_both_rules_equal_the_formula_for_any_shape_and_scale(in_features, out_features, scale):
-    for rule, column in (("reference", reference_column), ("balanced", balanced_column)):
+    for rule, column in RULES:
         adapter = KRAdapter(in_features, out_features, rule=rule, scale=scale)
         u, v = factors(adapter, min(in_features, out_features))
         expected = by_hand(u, v, in_features, out_features, scale, column)
@@ -117,6 +120,51 @@ def test_factors_follow_dtype_and_device():
     assert adapter.delta().dtype == torch.float64
     with torch.device("meta"):
         assert KRAdapter(12, 8).delta().device.type == "meta"
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), [(8, 8), (20, 6), (5, 17)])
+@pytest.mark.parametrize(("rule", "column"), RULES)
+def test_terms_add_up(in_features, out_features, rule, column):
+    adapter = KRAdapter(in_features, out_features, rule=rule, num_terms=3, scale=1.5)
+    for p in adapter.parameters():
+        p.data.normal_()
+    terms = [
+        by_hand(u, v, in_features, out_features, 1.5, column)
+        for u, v in zip(adapter.u.detach(), adapter.v.detach(), strict=True)
+    ]
+    torch.testing.assert_close(adapter.delta(), sum(terms))
+    single = KRAdapter.num_parameters(in_features, out_features, rule=rule)
+    assert KRAdapter.num_parameters(in_features, out_features, rule=rule, num_terms=3) == 3 * single
+
+
+@pytest.mark.parametrize(("in_features", "out_features"), [(8, 8), (30, 6), (5, 31), (1, 1)])
+@pytest.mark.parametrize("rule", ["reference", "balanced"])
+def test_three_factors_multiply_in_every_row(in_features, out_features, rule):
+    adapter = KRAdapter(in_features, out_features, rule=rule, num_factors=3)
+    assert not adapter.delta().any()
+    for p in adapter.parameters():
+        p.data.normal_()
+    rows = []
+    for u, v, w in zip(adapter.u[0], adapter.v[0], adapter.w[0], strict=True):
+        # The first factor varies fastest with the reference layout, slowest with the balanced one.
+        inner, middle, outer = (u, v, w) if rule == "reference" else (w, v, u)
+        rows.append(2 * torch.kron(outer, torch.kron(middle, inner)))
+    expected = torch.stack(rows)[:, : max(in_features, out_features)]
+    expected = expected.T if out_features > in_features else expected
+    torch.testing.assert_close(adapter.delta(), expected)
+
+
+def test_three_factors_need_fewer_parameters():
+    count = KRAdapter.num_parameters
+    assert count(768, 768, num_factors=3) < count(768, 768, rule="balanced")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"), [({"num_terms": 0}, "num_terms 0"), ({"num_factors": 4}, "num_factors 4")]
+)
+def test_terms_and_factors_out_of_range_are_refused(options, named):
+    with pytest.raises(VlkrError, match=named):
+        KRAdapter(8, 8, **options)
 
 
 def test_unknown_rule_is_named():

@@ -4,7 +4,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from vlkr.adapters import adapter_parameters, merge_adapters, merged
+from vlkr.adapters import (
+    adapter_parameters,
+    add_adapters,
+    merge_adapters,
+    merged,
+    use_adapters,
+)
+from vlkr.adapters.inject import placed_adapters
 from vlkr.errors import VlkrError
 
 
@@ -123,10 +130,9 @@ def test_functional_call_with_other_factors_gets_their_gradients(method, linear)
 
 
 def test_two_adapters_on_one_weight_add_up(adapt, disturb, dense_weights):
-    from vlkr.adapters import add_adapters
-
     model, base, _ = adapt(nn.Sequential(nn.Linear(12, 8)), "kradapter", targets=["0"])
     add_adapters(model, "lora", targets=["0"], adapter_name="second", rank=2)
+    use_adapters(model, "default", "second")
     disturb(model)
     first = model[0].adapters["default"]["0"].delta()
     second = model[0].adapters["second"]["0"].delta()
@@ -142,6 +148,29 @@ def test_two_adapters_on_one_weight_add_up(adapt, disturb, dense_weights):
     )
     merge_adapters(model)
     torch.testing.assert_close(model(x), expected)
+
+
+def test_adapters_of_weight_and_bias_share_a_layer(adapt, disturb):
+    model, base, _ = adapt(nn.Sequential(nn.Linear(12, 8)), "kradapter", targets=["0"])
+    add_adapters(model, "bitfit", targets=["0"], adapter_name="second")
+    use_adapters(model, "default", "second")
+    disturb(model)
+    change, bias = (placed_adapters(model, n)[0].adapter.delta() for n in ("default", "second"))
+    x = torch.randn(5, 12)
+    expected = F.linear(x, base[0].weight + change, base[0].bias + bias)
+    torch.testing.assert_close(model(x), expected)
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_second_backward_gives_the_same_gradients(linear, method):
+    model, _ = linear(method)
+    x = torch.randn(5, 12, requires_grad=True)
+    wanted = [x, *adapter_parameters(model)]
+    loss = model(x).square().sum()
+    once = torch.autograd.grad(loss, wanted, retain_graph=True)
+    again = torch.autograd.grad(loss, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
 class Named(nn.Linear):
@@ -175,8 +204,7 @@ def test_a_weight_shared_by_two_layers_is_refused_or_merges_right(adapt):
     model[1].weight = model[0].weight
     try:
         model, base, _ = adapt(model, "kradapter", targets=["*"])
-    except VlkrError as error:
-        assert "shared" in str(error)
+    except VlkrError:
         return
     x = torch.randn(4, 6)
     adapted = model(x).detach()

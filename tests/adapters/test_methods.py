@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vlkr.adapters import ADAPTERS, merge_adapters
+from vlkr.adapters.inject import placed_adapters
 from vlkr.errors import VlkrError
 
 SHAPES = [(8, 8), (12, 6), (6, 12)]
@@ -24,7 +25,10 @@ def test_dora_rescales_the_rows_of_the_low_rank_update(in_features, out_features
     weight = torch.randn(out_features, in_features, dtype=torch.float64)
     updated = weight + 2 * adapter.lora_B @ adapter.lora_A
     adapted = torch.stack(
-        [m * row / row.square().sum().sqrt() for m, row in zip(adapter.magnitude, updated)]
+        [
+            m * row / row.square().sum().sqrt()
+            for m, row in zip(adapter.magnitude, updated, strict=True)
+        ]
     )
     torch.testing.assert_close(weight + adapter.delta(weight), adapted)
 
@@ -148,7 +152,7 @@ def test_full_trains_as_a_trainable_linear_does(adapt):
 
 def test_bitfit_moves_the_bias_alone(adapt):
     model, base, _ = adapt(torch.nn.Sequential(torch.nn.Linear(6, 4)), "bitfit", targets=["0"])
-    change = model[0].adapters["default"]["0"].delta().detach()
+    change = placed_adapters(model)[0].adapter.delta().detach()
     x = torch.randn(3, 6)
     torch.testing.assert_close(model(x), base(x) + change)
     merge_adapters(model)

@@ -1,9 +1,11 @@
 """Adapters: the methods, their hosts, and what is done with them."""
 
+from vlkr.adapters.accumulation import ComposedOnce
 from vlkr.adapters.base import Adapter
 from vlkr.adapters.budget import Budget, match_budget
 from vlkr.adapters.checkpoint import load_adapter, save_adapter
 from vlkr.adapters.dora import DoRA
+from vlkr.adapters.foreign import load_authors_kradapter
 from vlkr.adapters.full import BitFit, Full
 from vlkr.adapters.inject import (
     adapter_parameters,
@@ -13,10 +15,12 @@ from vlkr.adapters.inject import (
     merged,
     remove_adapters,
     set_adapter_scale,
+    use_adapters,
 )
 from vlkr.adapters.kradapter import KRAdapter
 from vlkr.adapters.krona import KronA
 from vlkr.adapters.lora import LoRA
+from vlkr.adapters.projection import Projected, project, project_model
 from vlkr.adapters.randlora import RandLoRA
 from vlkr.adapters.registry import ADAPTERS
 from vlkr.adapters.sinlora import SinLoRA
@@ -28,11 +32,13 @@ __all__ = [
     "Adapter",
     "BitFit",
     "Budget",
+    "ComposedOnce",
     "DoRA",
     "Full",
     "KRAdapter",
     "KronA",
     "LoRA",
+    "Projected",
     "RandLoRA",
     "SinLoRA",
     "Target",
@@ -42,10 +48,14 @@ __all__ = [
     "add_adapters",
     "find_targets",
     "load_adapter",
+    "load_authors_kradapter",
     "match_budget",
     "merge_adapters",
     "merged",
+    "project",
+    "project_model",
     "remove_adapters",
     "save_adapter",
     "set_adapter_scale",
+    "use_adapters",
 ]

@@ -76,12 +76,9 @@ class AdaptedMultiheadAttention(AdapterHost, nn.MultiheadAttention):
             attended = weights @ v
         else:
             attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-        out = adapted_linear(
-            attended.transpose(1, 2).flatten(2),
-            self.out_proj.weight,
-            self.adapted_bias("out_proj.bias"),
-            self.parts("out_proj.weight"),
-        )
+        weight, parts = self.operands("out_proj.weight")
+        bias = self.adapted_bias("out_proj.bias")
+        out = adapted_linear(attended.transpose(1, 2).flatten(2), weight, bias, parts)
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if not batched:
@@ -90,8 +87,7 @@ class AdaptedMultiheadAttention(AdapterHost, nn.MultiheadAttention):
 
     def _project(self, x: Tensor, rows: tuple[int, int] | None) -> Tensor:
         """``x`` times the adapted fused weight, or times some of its rows."""
-        parts = self.parts("in_proj_weight")
-        weight: Tensor = self.in_proj_weight
+        weight, parts = self.operands("in_proj_weight")
         bias = self.adapted_bias("in_proj_bias")
         if rows is None:
             return adapted_linear(x, weight, bias, parts)
@@ -142,7 +138,8 @@ class AdaptedParameters(AdapterHost):
                 parameters = self.get_submodule(owner)._parameters
                 base = parameters[name]
                 assert base is not None
-                composed = compose(base, self.parts(path))
+                weight, parts = self.operands(path)
+                composed = compose(weight, parts) if parts else weight
                 parameters[name] = composed  # type: ignore[assignment]
                 swapped.append((parameters, name, base))
             return super().forward(*args, **kwargs)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import nn
 
 from vlkr.adapters.base import Adapter
+from vlkr.adapters.foreign import peft_lora, read_tensors
 from vlkr.adapters.inject import attach, placed_adapters
 from vlkr.adapters.linear import Slot
 from vlkr.adapters.registry import adapter_class, check_options, registered_name
@@ -92,7 +92,8 @@ def load_adapter(
 
     Args:
         model: the base model, or one with adapters of other names.
-        folder: written by :func:`save_adapter`.
+        folder: written by :func:`save_adapter`, or a LoRA of linear layers written by peft,
+            which has no hash of its base to check.
         adapter_name: under which they are kept in the model.
         check_base: refuse a model whose weights are not those the adapters were trained on.
 
@@ -103,6 +104,9 @@ def load_adapter(
     if not folder.is_dir():
         raise VlkrError(f"no adapter folder at {folder}")
     config = read_json(folder / _CONFIG)
+    if "modules" not in config and "target_modules" in config:
+        attach(model, peft_lora(model, config, folder), adapter_name)
+        return
     made = _read_adapters(config, folder / _CONFIG)
     _check_fit(model, made, config, folder)
     if check_base and (found := weights_hash(model)) != config.get("base_model_sha256"):
@@ -110,10 +114,7 @@ def load_adapter(
             f"{folder} was made for another base: {config.get('base_model_name_or_path')!r} with "
             f"weights {str(config.get('base_model_sha256'))[:12]}, the model has {found[:12]}"
         )
-    try:
-        tensors = safetensors.torch.load_file(folder / _WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise VlkrError(f"cannot read {folder / _WEIGHTS}: {error}") from error
+    tensors = read_tensors(folder / _WEIGHTS)
     expected: set[str] = set()
     for target, adapter in made:
         prefix = f"{_PREFIX}{target.module}.{target.name}.".replace("..", ".")

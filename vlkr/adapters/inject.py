@@ -65,7 +65,7 @@ def add_adapters(
 def attach(
     model: nn.Module, made: Sequence[tuple[Target, Adapter]], adapter_name: str = "default"
 ) -> None:
-    """Puts ready adapters on their targets and freezes everything else.
+    """Puts ready adapters on their targets, puts them alone to work and freezes everything else.
 
     Raises:
         VlkrError: if the name is taken, or a target cannot carry its adapter.
@@ -83,9 +83,8 @@ def attach(
                 f"{target.module} ({type(module).__name__}) composes its weights, so dropout on "
                 "the adapter's input is not possible there; use dropout 0"
             )
-    adapted_before = {id(p) for p in adapter_parameters(model)}
     for p in model.parameters():
-        p.requires_grad_(id(p) in adapted_before)
+        p.requires_grad_(False)
     for target, adapter in made:
         host = _become_host(modules[target.module])
         weight = host.get_parameter(target.slot.parameter)
@@ -93,7 +92,9 @@ def attach(
         if adapter_name not in host.adapters:
             host.adapters[adapter_name] = nn.ModuleDict()
             host.adapter_scales[adapter_name] = 1.0
+            host.active = (adapter_name,)
         host.adapters[adapter_name][target.name] = adapter.to(weight.device)  # type: ignore[operator]
+    use_adapters(model, adapter_name)
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, AdapterHost]]:
@@ -135,9 +136,25 @@ def placed_adapters(model: nn.Module, adapter_name: str = "default") -> list[Pla
     return placed
 
 
+def use_adapters(model: nn.Module, *names: str) -> None:
+    """Puts the adapters of these names to work, and no others; without a name, the base model.
+
+    They alone are trained from now on. The base weights are not touched.
+
+    Raises:
+        VlkrError: for a name that the model does not carry.
+    """
+    for name in names:
+        placed_adapters(model, name)
+    for _, host in hosts(model):
+        host.active = tuple(name for name in host.adapters if name in names)
+        for name, adapters in host.adapters.items():
+            adapters.requires_grad_(name in names)
+
+
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The adapters' parameters, those that training changes."""
-    return [p for _, host in hosts(model) for p in host.adapters.parameters()]
+    """The parameters of the adapters at work, those that training changes."""
+    return [p for _, host in hosts(model) for p in host.adapters.parameters() if p.requires_grad]
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -162,7 +179,7 @@ def set_adapter_scale(model: nn.Module, scale: float, adapter_name: str = "defau
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> None:
-    """Adds the adapters' changes to the weights, in fp32, and takes the adapters off.
+    """Adds the changes of the adapters at work to the weights, in fp32, and takes all adapters off.
 
     The model is plain again: the same classes and state-dict keys as before :func:`add_adapters`.
     """
@@ -173,10 +190,25 @@ def merge_adapters(model: nn.Module) -> None:
         _release(host)
 
 
-def remove_adapters(model: nn.Module) -> None:
-    """Takes the adapters off; the model is what it was before :func:`add_adapters`, bit for bit."""
+def remove_adapters(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Takes the adapters off; the model is what it was before :func:`add_adapters`, bit for bit.
+
+    Args:
+        model: with adapters.
+        adapter_name: take off those of this name and leave the others; None for all.
+
+    Raises:
+        VlkrError: if there are none.
+    """
+    if adapter_name is not None:
+        placed_adapters(model, adapter_name)
     for _, host in _require_hosts(model):
-        _release(host)
+        if adapter_name is not None and adapter_name in host.adapters:
+            del host.adapters[adapter_name]
+            del host.adapter_scales[adapter_name]
+            host.active = tuple(name for name in host.active if name != adapter_name)
+        if adapter_name is None or not len(host.adapters):
+            _release(host)
 
 
 @contextmanager
@@ -186,22 +218,22 @@ def merged(model: nn.Module) -> Iterator[None]:
     The base weights come back afterwards, bit for bit. Costs a copy of the adapted weights.
     """
     kept: list[tuple[nn.Parameter, Tensor]] = []
-    scales = [(host, dict(host.adapter_scales)) for _, host in hosts(model)]
+    at_work = [(host, host.active) for _, host in hosts(model)]
     try:
         with torch.no_grad():
-            for host, _ in scales:
+            for host, _ in at_work:
                 for parameter in host.adapted_parameters():
                     weight = host.get_parameter(parameter)
                     kept.append((weight, weight.data))
                     weight.data = compose(weight, host.parts(parameter))
-        for host, _ in scales:
-            host.adapter_scales = {}
+        for host, _ in at_work:
+            host.active = ()
         yield
     finally:
         for weight, base in kept:
             weight.data = base
-        for host, before in scales:
-            host.adapter_scales = before
+        for host, names in at_work:
+            host.active = names
 
 
 def _require_hosts(model: nn.Module) -> list[tuple[str, AdapterHost]]:
@@ -232,12 +264,14 @@ def _become_host(module: nn.Module) -> AdapterHost:
         module.adapters = nn.ModuleDict()
         module.slots = {}
         module.adapter_scales = {}
+        module.active = ()
+        module.composed_once = {}
     return module
 
 
 def _release(host: AdapterHost) -> None:
     base_class = host.base_class
     del host.adapters
-    for attribute in ("slots", "adapter_scales", "base_class"):
+    for attribute in ("slots", "adapter_scales", "active", "composed_once", "base_class"):
         delattr(host, attribute)
     host.__class__ = base_class  # type: ignore[assignment]

@@ -159,32 +159,47 @@ class AdapterHost(nn.Module):
     """Mixed into the class of a module while adapters sit on its weights.
 
     The module keeps its identity, its parameters and their names; only its class changes, and
-    :func:`release` gives that back. ``adapters`` holds the modules by adapter name and slot name.
+    removing the adapters gives that back.
+
+    Attributes:
+        adapters: the modules, by adapter name and slot name.
+        slots: where in this module, by slot name.
+        adapter_scales: factor of all changes, by adapter name.
+        active: names of the adapters at work.
+        composed_once: weights that the batches of one optimizer step share.
+        base_class: to go back to.
     """
 
     adapters: nn.ModuleDict
     slots: dict[str, Slot]
     adapter_scales: dict[str, float]
+    active: tuple[str, ...]
+    composed_once: dict[str, Tensor]
     base_class: type[nn.Module]
 
     def parts(self, parameter: str) -> list[Part]:
-        """The adapters at work on ``parameter``, by its name in this module.
-
-        An adapter whose scale is 0, or that has none as long as its change is merged, is not.
-        """
+        """The adapters at work on ``parameter``, by its name in this module."""
         return [
-            Part(cast(Adapter, adapter), self.slots[slot], scale)
-            for name, scale in self.adapter_scales.items()
-            if scale != 0
+            Part(cast(Adapter, adapter), self.slots[slot], self.adapter_scales[name])
+            for name in self.active
+            if self.adapter_scales[name] != 0
             for slot, adapter in cast(nn.ModuleDict, self.adapters[name]).items()
             if self.slots[slot].parameter == parameter
         ]
 
+    def operands(self, parameter: str) -> tuple[Tensor, list[Part]]:
+        """The weight to start from, and the adapters that are not in it yet."""
+        parts = self.parts(parameter)
+        if parameter in self.composed_once:
+            return self.composed_once[parameter], [p for p in parts if p.adapter.factored]
+        return self.get_parameter(parameter), parts
+
     def adapted_bias(self, parameter: str) -> Tensor | None:
         """The bias, with its adapters' changes when it has any."""
-        bias = self.get_parameter(parameter) if _has_parameter(self, parameter) else None
-        parts = self.parts(parameter)
-        return compose(bias, parts) if bias is not None and parts else bias
+        if not _has_parameter(self, parameter):
+            return None
+        bias, parts = self.operands(parameter)
+        return compose(bias, parts) if parts else bias
 
     def adapted_parameters(self) -> list[str]:
         """Names of the parameters that carry an adapter."""
@@ -201,4 +216,5 @@ class AdaptedLinear(AdapterHost, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(..., in_features)`` to ``(..., out_features)``."""
-        return adapted_linear(x, self.weight, self.adapted_bias("bias"), self.parts("weight"))
+        weight, parts = self.operands("weight")
+        return adapted_linear(x, weight, self.adapted_bias("bias"), parts)

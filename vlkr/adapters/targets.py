@@ -176,7 +176,8 @@ def bias_targets(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
         owner, _, name = bias.rpartition(".")
         if modules[target.module].get_submodule(owner)._parameters.get(name) is None:
             raise VlkrError(f"{target.path} has no bias to adapt; choose other targets")
-        found.append(replace(target, slot=target.slot._replace(parameter=bias)))
+        slot = target.slot._replace(parameter=bias)
+        found.append(replace(target, slot=slot, name=f"{target.name}_bias"))
     return found
 
 

@@ -44,18 +44,13 @@ class AuthorsRandLoRA(RandLoRA):
 
     def __init__(self, in_features: int, out_features: int, *, rank: int, seed: int = 0) -> None:
         super().__init__(in_features, out_features, rank=rank, alpha=float(rank), seed=seed)
-        bases = math.ceil(min(in_features, out_features) / rank) + 1
+        short, long = sorted((in_features, out_features))
+        bases = math.ceil(short / rank) + 1
         generator = torch.Generator().manual_seed(seed)
-        # The script spreads the bases over the rows whichever side is longer.
-        self.B = _unit(torch.rand(bases, out_features, rank, generator=generator)).transpose(0, 1)
-        self.A = _unit(torch.rand(rank, in_features, generator=generator))
+        self.B = _unit(torch.rand(long, bases, rank, generator=generator))
+        self.A = _unit(torch.rand(rank, short, generator=generator))
         self.randlora_lambda = nn.Parameter(torch.full((bases, rank), 1 / bases))
-        self.randlora_gamma = nn.Parameter(torch.zeros(bases, in_features))
-
-    def delta(self, weight: Tensor | None = None) -> Tensor:
-        """``(out_features, in_features)``; ignores ``weight``."""
-        left = (self.B * self.randlora_lambda).flatten(1)
-        return left @ (self.A * self.randlora_gamma.unsqueeze(1)).flatten(0, 1)
+        self.randlora_gamma = nn.Parameter(torch.zeros(bases, short))
 
 
 def _unit(uniform: Tensor) -> Tensor:

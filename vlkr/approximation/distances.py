@@ -9,6 +9,7 @@ target, of its blocks or of its rows laid out as matrices.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from vlkr.adapters.kradapter import KRAdapter
 from vlkr.adapters.krona import KronA
 from vlkr.adapters.lora import LoRA
 from vlkr.adapters.randlora import RandLoRA
+from vlkr.adapters.sinlora import SinLoRA
 from vlkr.adapters.vera import VeRA
 
 Factors = Mapping[str, Tensor]
@@ -77,7 +79,24 @@ def squared_distance(adapters: Sequence[Adapter], targets: Tensor) -> Distance:
 
 def composed_distance(adapters: Sequence[Adapter], targets: Tensor) -> Distance:
     """The distance by way of ``delta()``, for every method."""
-    return lambda factors: (stacked_deltas(adapters, factors) - targets).square().sum((1, 2))
+    space = torch.empty_like(targets)
+    return lambda factors: _Composed.apply(stacked_deltas(adapters, factors), targets, space)
+
+
+class _Composed(torch.autograd.Function):
+    """``|matrix - target|^2`` in as few passes over memory as there can be."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, target: Tensor, difference: Tensor) -> Tensor:
+        torch.sub(matrix, target, out=difference)
+        ctx.save_for_backward(difference)
+        return _inner(difference, difference)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (difference,) = ctx.saved_tensors
+        return difference.mul_(2 * grad[:, None, None]), None, None
 
 
 class _LowRank(torch.autograd.Function):
@@ -99,7 +118,7 @@ class _LowRank(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left, right, target, from_left, from_right, projected = ctx.saved_tensors
         scale = 2 * grad[..., None, None]
-        grad_left = scale * (left @ from_right - target @ right.mT)
+        grad_left = scale * (left @ from_right - (right @ target.mT).mT)
         return grad_left, scale * (from_left @ right - projected), None, None
 
 
@@ -117,7 +136,7 @@ class _FrozenBasis(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (residual,) = ctx.saved_tensors
-        return 2 * grad[:, None, None] * residual, None, None, None
+        return residual.mul_(2 * grad[:, None, None]), None, None, None
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
@@ -158,7 +177,7 @@ def _kradapter(adapters: Sequence[KRAdapter], targets: Tensor) -> Distance | Non
     free = k1 * k2 - long
     # Entries beyond the long side are cut off, so they count for nothing: their squares, which
     # the zeros that they meet here would charge, are taken off again.
-    grid = nn.functional.pad(rows, (0, free)).reshape(-1, short, k2, k1)
+    grid = nn.functional.pad(rows, (0, free)).contiguous().view(-1, short, k2, k1)
     energy = grid.square().sum((-2, -1))
 
     def distance(f: Factors) -> Tensor:
@@ -173,20 +192,92 @@ def _kradapter(adapters: Sequence[KRAdapter], targets: Tensor) -> Distance | Non
     return distance
 
 
+class _RandomBases(torch.autograd.Function):
+    """RandLoRA's distance from its Gram matrix, with few passes over what is as large as a weight.
+
+    ``core[n, r] = weights[n, r] * shared[r] * gamma[n]`` are the coordinates in the frozen bases.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weights: Tensor,
+        gamma: Tensor,
+        shared: Tensor,
+        gram: Tensor,
+        linear: Tensor,
+        energy: Tensor,
+        core: Tensor,
+        residual: Tensor,
+    ) -> Tensor:
+        torch.mul(weights.unsqueeze(-1), shared.unsqueeze(1), out=core.view(*weights.shape, -1))
+        core.view(*weights.shape, -1).mul_(gamma.unsqueeze(2))
+        torch.bmm(gram, core, out=residual).sub_(linear)
+        ctx.save_for_backward(weights, gamma, shared, residual)
+        return _inner(core, residual) - _inner(core, linear) + energy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weights, gamma, shared, residual = ctx.saved_tensors
+        pulled = residual.view(*weights.shape, -1).mul_(shared.unsqueeze(1))
+        scale = 2 * grad[:, None, None]
+        grad_weights = scale * (pulled @ gamma.unsqueeze(-1)).squeeze(-1)
+        grad_gamma = scale * (weights.unsqueeze(2) @ pulled).squeeze(2)
+        return grad_weights, grad_gamma, None, None, None, None, None, None
+
+
 def _randlora(adapters: Sequence[RandLoRA], targets: Tensor) -> Distance:
     adapter = adapters[0]
     if adapter.out_features <= adapter.in_features:
         targets = targets.mT
     basis = torch.stack([a.B.flatten(1) for a in adapters])
-    shared = torch.stack([a.A for a in adapters]).unsqueeze(1)
+    shared = torch.stack([a.A for a in adapters])
     gram, linear, energy = basis.mT @ basis, basis.mT @ targets, _energy(targets)
+    spaces = torch.empty_like(linear), torch.empty_like(linear)
 
     def distance(f: Factors) -> Tensor:
-        left = adapter.scaling * f["randlora_lambda"].unsqueeze(-1)
-        core = (left * shared) * f["randlora_gamma"].unsqueeze(2)
-        return _FrozenBasis.apply(core.flatten(1, 2), gram, linear, energy)
+        weights = adapter.scaling * f["randlora_lambda"]
+        fixed = shared, gram, linear, energy
+        return _RandomBases.apply(weights, f["randlora_gamma"], *fixed, *spaces)
 
     return distance
+
+
+class _Sine(torch.autograd.Function):
+    """``|sin(left @ right) / gain - target|^2``, the large matrices overwritten where they can."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        left: Tensor,
+        right: Tensor,
+        target: Tensor,
+        gain: float,
+        phase: Tensor,
+        difference: Tensor,
+    ) -> Tensor:
+        torch.bmm(left, right, out=phase)
+        torch.sin(phase, out=difference).div_(gain).sub_(target)
+        ctx.save_for_backward(left, right, phase, difference)
+        ctx.gain = gain
+        return _inner(difference, difference)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, phase, difference = ctx.saved_tensors
+        grad_phase = phase.cos_().mul_(difference)
+        scale = 2 / ctx.gain * grad[:, None, None]
+        grad_left = scale * (right @ grad_phase.mT).mT
+        return grad_left, scale * (left.mT @ grad_phase), None, None, None, None
+
+
+def _sinlora(adapters: Sequence[SinLoRA], targets: Tensor) -> Distance:
+    frequency, gain = adapters[0].frequency, adapters[0].gain
+    gain = math.sqrt(adapters[0].in_features) if gain is None else gain
+    spaces = torch.empty_like(targets), torch.empty_like(targets)
+    return lambda f: _Sine.apply(frequency * f["lora_B"], f["lora_A"], targets, gain, *spaces)
 
 
 def _vera(adapters: Sequence[VeRA], targets: Tensor) -> Distance:
@@ -203,6 +294,7 @@ def _vera(adapters: Sequence[VeRA], targets: Tensor) -> Distance:
 
 _EXPANDED: dict[type[Adapter], Callable[..., Distance | None]] = {
     LoRA: _lora,
+    SinLoRA: _sinlora,
     KronA: _krona,
     KRAdapter: _kradapter,
     RandLoRA: _randlora,

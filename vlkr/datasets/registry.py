@@ -84,6 +84,8 @@ def load_dataset(
         near = difflib.get_close_matches(str(reference), cards, n=3)
         known = f"did you mean {', '.join(near)}?" if near else f"cards: {', '.join(sorted(cards))}"
         raise VlkrError(f"no dataset {str(reference)!r}: neither a folder nor a card; {known}")
+    if len(dataset.class_names) < 2:
+        raise VlkrError(f"dataset {dataset.name!r} has one class only, expected two or more")
     if templates is None:
         return dataset
     check_templates(templates)

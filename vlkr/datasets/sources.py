@@ -9,7 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
-import webdataset
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from vlkr.errors import VlkrError
 
@@ -75,19 +75,17 @@ class ShardSource:
         return [str(path) for path in shards]
 
     def __iter__(self) -> Iterator[Sample]:
-        shards = webdataset.WebDataset(
-            self.urls(), shardshuffle=False, nodesplitter=None, workersplitter=None
-        )
-        try:
-            for raw in shards:
-                yield self._sample(raw)
-        except VlkrError:
-            raise
-        except (OSError, tarfile.TarError, ValueError, EOFError, IndexError) as error:
-            # webdataset appends the stream and the shard's path to the error's arguments.
-            reason, *_, shard = error.args if len(error.args) > 1 else (error, self.folder)
-            reason = str(reason).partition(" @ <")[0]
-            raise VlkrError(f"cannot read shard {shard}: {reason}") from error
+        for shard in self.urls():
+            try:
+                with Path(shard).open("rb") as stream:
+                    files = tar_file_expander([{"url": shard, "stream": stream}])
+                    yield from map(self._sample, group_by_keys(files))
+            except VlkrError:
+                raise
+            except (OSError, tarfile.TarError, ValueError, EOFError, IndexError) as error:
+                # webdataset appends the stream to the reason.
+                reason = str(error.args[0] if error.args else error).partition(" @ <")[0]
+                raise VlkrError(f"cannot read shard {shard}: {reason}") from error
 
     def _sample(self, raw: dict[str, bytes | str]) -> Sample:
         key = str(raw["__key__"])

@@ -7,7 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,7 +218,7 @@ def encode_image(model: nn.Module, images: Tensor) -> Tensor:
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     """Normalised text features, ``(num_texts, context_length)`` to ``(num_texts, embed_dim)``."""
     length = _seen_length(model, tokens)
-    with _shortened(model, length):
+    with nullcontext() if length == tokens.shape[1] else _shortened(model, length):
         features: Tensor = model.encode_text(  # type: ignore[operator]
             tokens[:, :length], normalize=True
         )
@@ -250,11 +250,9 @@ def _seen_length(model: nn.Module, tokens: Tensor) -> int:
 def _shortened(model: nn.Module, length: int) -> Iterator[None]:
     """Cuts the text tower's positions and mask to ``length`` tokens within the block."""
     owner = _text_owner(model)
-    positions = owner._parameters.get("positional_embedding")
-    if positions is None or positions.shape[0] == length:
-        yield
-        return
+    positions = owner._parameters["positional_embedding"]
     mask = owner._buffers["attn_mask"]
+    assert positions is not None
     assert mask is not None
     try:
         owner._parameters["positional_embedding"] = positions[:length]  # type: ignore[assignment]

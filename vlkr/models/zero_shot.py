@@ -43,8 +43,10 @@ def class_embeddings(model: nn.Module, prompts: Tensor, chunk: int | None = None
         ``(num_classes, embed_dim)``.
     """
     chunks = [prompts] if chunk is None else prompts.split(chunk)
-    embedded = [
-        encode_text(model, part.flatten(0, 1)).unflatten(0, part.shape[:2]).mean(1)
-        for part in chunks
-    ]
+    embedded = [_mean_features(model, part) for part in chunks]
     return F.normalize(torch.cat(embedded), dim=-1)
+
+
+def _mean_features(model: nn.Module, prompts: Tensor) -> Tensor:
+    texts, index = prompts.flatten(0, 1).unique(dim=0, return_inverse=True)  # each text once
+    return encode_text(model, texts)[index].unflatten(0, prompts.shape[:2]).mean(1)

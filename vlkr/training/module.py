@@ -74,11 +74,18 @@ class FewShotModule(L.LightningModule):
         return logit_scale(self.model) * features @ embeddings.T
 
     def on_train_epoch_start(self) -> None:
-        """Dropout follows from seed and epoch, so that a resumed run repeats an unbroken one."""
+        """The base model stays in eval mode, the adapters train."""
         self.model.eval()
         for _, host in hosts(self.model):
             host.adapters.train()
-        torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Dropout follows from seed and epoch, so that a resumed run repeats an unbroken one.
+
+        Seeded here, for opening a data loader takes from the generator.
+        """
+        if batch_idx == 0:
+            torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of one batch."""

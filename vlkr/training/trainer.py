@@ -161,8 +161,9 @@ def fit(
             weights_only=True,
         )
     except SystemExit as error:  # Lightning's answer to both
+        epochs = f"{trainer.current_epoch} epoch{'s' if trainer.current_epoch > 1 else ''}"
         raise KeyboardInterrupt(
-            f"{checkpoint.name} holds {trainer.current_epoch} epochs, --resume goes on from there"
+            f"{checkpoint.name} holds {epochs}, --resume goes on from there"
             if checkpoint.is_file()
             else "no epoch was finished, start again with --force"
         ) from error
@@ -182,6 +183,7 @@ def quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start")
             warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
             warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not")
             warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is")

@@ -1,0 +1,69 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers import write_clip
+from safetensors.torch import load_file
+
+from vlkr.adapters import adapter_state_dict
+from vlkr.errors import VlkrError
+from vlkr.evaluation.runs import load_run, run_dataset
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def change_config(folder, change):
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    change(config)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_adapters_are_those_on_disk(run, colors):
+    bundle, config = load_run(run)
+    tensors = load_file(run / "adapter" / "adapter_model.safetensors")
+    found = adapter_state_dict(bundle.model)
+    assert {f"base_model.model.{key}" for key in found} == set(tensors)
+    assert all(torch.equal(found[k.removeprefix("base_model.model.")], tensors[k]) for k in tensors)
+    assert not bundle.model.training
+    assert config["data"]["root"] == str(colors)
+
+
+def test_dataset_has_the_runs_prompts_and_split(copy):
+    change_config(copy, lambda c: c["data"].update(templates=["{c}!"], test_fraction=0.2))
+    _, config = load_run(copy)
+    dataset = run_dataset(config)
+    assert dataset.templates == ("{c}!",)
+    assert sum(1 for _ in dataset.source("test")) < sum(1 for _ in dataset.source("train")) / 2
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (shutil.rmtree, "no run folder at"),
+        (lambda r: shutil.rmtree(r / "adapter"), "is not a finished run"),
+        (lambda r: (r / "config.yaml").unlink(), "is not a finished run"),
+        (lambda r: (r / "config.yaml").write_text("[1"), r"config\.yaml is not valid YAML"),
+        (lambda r: (r / "config.yaml").write_text(""), r"config\.yaml holds nothing"),
+        (lambda r: change_config(r, lambda c: c.pop("model")), "it lacks model"),
+        (lambda r: change_config(r, lambda c: c["data"].pop("root")), r"it lacks data\.root"),
+        (lambda r: change_config(r, lambda c: c.update(data=3)), r"it lacks data\.name"),
+        (lambda r: change_config(r, lambda c: c["adapter"].pop("name")), r"lacks adapter\.name"),
+        (lambda r: change_config(r, lambda c: c.update(model="zzz")), "unknown model 'zzz'"),
+    ],
+)
+def test_folders_that_are_no_run(copy, harm, message):
+    harm(copy)
+    with pytest.raises(VlkrError, match=message):
+        load_run(copy)
+
+
+def test_adapter_of_another_base_is_refused(copy, tmp_path):
+    other = write_clip(tmp_path / "other", seed=1)
+    change_config(copy, lambda c: c.update(model=other))
+    with pytest.raises(VlkrError, match="was made for another base"):
+        load_run(copy)

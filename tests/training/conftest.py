@@ -1,0 +1,14 @@
+import pytest
+from helpers import write_clip, write_images
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Name of a small CLIP with random weights."""
+    return write_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="session")
+def colors(tmp_path_factory):
+    """Folder of images whose colour tells their class."""
+    return write_images(tmp_path_factory.mktemp("data") / "colors")
