@@ -36,6 +36,14 @@ COMMANDS = {
     "export": Command(
         "vlkr.export.open_clip:export", "write a run's merged model as a plain open_clip folder"
     ),
+    "approximate": Command(
+        "vlkr.approximation.benchmark:approximate",
+        "which method follows which spectrum: matrices, trained and in closed form",
+    ),
+    "spectrum": Command(
+        "vlkr.evaluation.spectrum:spectrum",
+        "singular values, ranks and norms of the adapted layers of runs",
+    ),
 }
 
 
@@ -191,7 +199,7 @@ def _kebab(text: str) -> str:
 
 def _plain(text: str) -> str:
     """Types without Python's decoration: ``<class 'pathlib.Path'>`` is ``Path``."""
-    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    text = re.sub(r"<class\s+'(?:\w+\.)*(\w+)'>", r"\1", text)
     return re.sub(r"\b(?:typing|pathlib)\.", "", text)
 
 

@@ -112,7 +112,7 @@ def demo(output: Path = Path("runs/demo"), quick: bool = False, force: bool = Fa
     """
     check_free(output, force=force)
     seeds = [1] if quick else [1, 2, 3]
-    epochs = 2 if quick else 30
+    epochs = 2 if quick else 20
     console = Console(stderr=True)
     home = load_dataset("digits")
     datasets = [home, *(load_dataset(name) for name in home.shifts)]
@@ -140,13 +140,15 @@ def demo(output: Path = Path("runs/demo"), quick: bool = False, force: bool = Fa
     context = {
         "model": f"tiny (weights {zero_shot.context['weights_sha256'][:12]})",
         "shots": 16,
+        "epochs": epochs,
         "seeds": " ".join(map(str, seeds)),
         "split": "test",
         "templates": home.template_set,
         "learning rate": OptimizerOptions().lr,
         "checkpoint": "last iteration",
-        "spread": "standard deviation over seeds",
     }
+    if len(seeds) > 1:
+        context["spread"] = "standard deviation over seeds"
     done = DemoResult(evaluations, parameters, exported, context, output)
     write_json(output / "results.json", done.to_json())
     write_text(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,6 +119,48 @@ def spectrum_measures(sigma: Tensor) -> dict[str, Tensor]:
     }
 
 
+class Decomposition(NamedTuple):
+    """Singular values ``(min(m, n))`` and leading singular vectors ``(m, k)`` and ``(n, k)``."""
+
+    sigma: Tensor
+    left: Tensor
+    right: Tensor
+
+
+def decompose(matrix: Tensor, leading: int) -> Decomposition:
+    """Singular values and leading subspaces by way of the Gram matrix, faster than an SVD.
+
+    The Gram matrix of an ill-conditioned matrix is taken in fp64. So singular values are exact to
+    about 1e-4 of themselves if none is small, and to 1e-8 of the largest one otherwise. Directions
+    whose singular value is 0 by that measure are no directions and are left out.
+
+    Args:
+        matrix: ``(m, n)``.
+        leading: how many singular vectors to keep at most.
+
+    >>> sigma, left, right = decompose(torch.tensor([[3.0, 0.0], [0.0, 0.0]]), leading=2)
+    >>> sigma.tolist(), left.shape, right.shape
+    ([3.0, 0.0], torch.Size([2, 1]), torch.Size([2, 1]))
+    """
+    matrix = _at_least_fp32(matrix)
+    if matrix.shape[0] < matrix.shape[1]:
+        sigma, right, left = decompose(matrix.T, leading)
+        return Decomposition(sigma, left, right)
+    # Scaled, so that squares stay within the range of the dtype.
+    scale = matrix.abs().amax()
+    scaled = matrix / torch.where(scale > 0, scale, 1)
+    values, vectors = torch.linalg.eigh(scaled.T @ scaled)
+    if not values[0] > 1e-4 * values[-1]:
+        scaled = scaled.double()
+        values, vectors = torch.linalg.eigh(scaled.T @ scaled)
+    sigma = values.flip(0).clamp_min(0).sqrt()
+    sigma = torch.where(sigma > 1e-7 * sigma[0], sigma, 0)
+    count = int((sigma[:leading] > 0).sum())
+    right = vectors.flip(1)[:, :count]
+    left = scaled @ right / sigma[:count]
+    return Decomposition(*(t.to(matrix.dtype) for t in (sigma * scale, left, right)))
+
+
 def subspace_overlap(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared cosine of the principal angles between two subspaces.
 
@@ -160,7 +203,7 @@ def project_lora(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def project_kradapter(
-    matrix: Tensor, k1: int, *, num_terms: int = 1, refine: int = 5
+    matrix: Tensor, k1: int, *, num_terms: int = 1, refine: int = 20
 ) -> tuple[Tensor, Tensor]:
     """Best approximation by a sum of row-wise Khatri-Rao products in the Frobenius norm.
 
@@ -168,14 +211,14 @@ def project_kradapter(
     of its own, so its truncated SVD is the optimum: a KRAdapter (arXiv 2508.00230) in closed form.
     This is exact if ``k1`` divides the long side. Otherwise the last row of each reshaped matrix
     has entries that are truncated away, hence free. The SVD then starts with zeros there and
-    ``refine`` times fills in its own values and is taken again, which never raises the error; the
-    error found is an upper bound on the optimum's.
+    fills in its own values and is taken again, up to ``refine`` times, which never raises the
+    error; the error found is an upper bound on the optimum's.
 
     Args:
         matrix: ``(out_features, in_features)`` with sides ``m <= M``.
         k1: columns of ``u``; ``k2 = ceil(M / k1)``.
         num_terms: products in the sum.
-        refine: repetitions where entries are free.
+        refine: most repetitions where entries are free; they end when the error stands still.
 
     Returns:
         ``u (num_terms, m, k1)`` and ``v (num_terms, m, k2)`` of equal norms, such that
@@ -202,8 +245,13 @@ def project_kradapter(
     padded[:, :long] = rows
     left, right = _best_low_rank(padded.view(short, k2, k1), num_terms)
     if k1 * k2 > long:
+        error = torch.linalg.vector_norm(rows).item() + 1
         for _ in range(refine):
-            padded[:, long:] = (left @ right).flatten(1)[:, long:]
+            composed = (left @ right).flatten(1)
+            before, error = error, torch.linalg.vector_norm(composed[:, :long] - rows).item()
+            if error > (1 - 1e-5) * before:
+                break
+            padded[:, long:] = composed[:, long:]
             left, right = _best_low_rank(padded.view(short, k2, k1), num_terms)
     return right.transpose(0, 1).contiguous(), left.permute(2, 0, 1).contiguous()
 

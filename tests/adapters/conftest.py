@@ -21,7 +21,8 @@ OPTIONS = {
 
 
 def pytest_generate_tests(metafunc):
-    if "method" in metafunc.fixturenames:
+    own = [str(mark.args[0]) for mark in metafunc.definition.iter_markers("parametrize")]
+    if "method" in metafunc.fixturenames and "method" not in own:
         metafunc.parametrize("method", list(ADAPTERS))
     if "host" in metafunc.fixturenames:
         metafunc.parametrize("host", HOSTS.values(), ids=list(HOSTS))

@@ -13,11 +13,13 @@ from vlkr.adapters import (
     ADAPTERS,
     adapter_parameters,
     adapter_state_dict,
+    add_adapters,
     load_adapter,
     merge_adapters,
     merged,
     remove_adapters,
     save_adapter,
+    use_adapters,
 )
 from vlkr.adapters.inject import placed_adapters
 
@@ -262,6 +264,16 @@ def test_merging_into_bf16_rounds_once(method, adapt, dense_weights):
         merged_weight = model.get_parameter(name)
         assert merged_weight.dtype == torch.bfloat16
         assert torch.equal(merged_weight, weight.bfloat16())
+
+
+def test_merging_two_adapters_into_bf16_rounds_once(adapt, disturb):
+    model, base, _ = adapt(nn.Sequential(nn.Linear(64, 64)).bfloat16(), "kradapter", targets=["0"])
+    add_adapters(model, "lora", targets=["0"], adapter_name="second")
+    use_adapters(model, "default", "second")
+    disturb(model)
+    deltas = [placed_adapters(model, name)[0].adapter.delta() for name in ("default", "second")]
+    merge_adapters(model)
+    assert torch.equal(model[0].weight, (base[0].weight.float() + sum(deltas)).bfloat16())
 
 
 def assert_compiles(in_features, out_features, method, adapt):

@@ -220,29 +220,6 @@ def test_the_last_added_adapter_is_alone_at_work(two_adapters):
     assert len(adapter_parameters(model)) == 2
 
 
-def test_use_adapters_chooses_those_at_work(two_adapters):
-    model, base, alone = two_adapters
-    x = torch.randn(5, 12)
-    for name in ("default", "other"):
-        use_adapters(model, name)
-        torch.testing.assert_close(model(x), alone[name](x))
-        assert {
-            n.split(".adapters.")[1].split(".")[0]
-            for n, p in model.named_parameters()
-            if p.requires_grad
-        } == {name}
-    use_adapters(model, "other", "default")
-    both = deepcopy(alone["default"])
-    both[0].weight.data += alone["other"][0].weight.data - base[0].weight.data
-    torch.testing.assert_close(model(x), both(x))
-    use_adapters(model)
-    assert torch.equal(model(x), base(x))
-    assert adapter_parameters(model) == []
-    with pytest.raises(VlkrError, match="'third'"):
-        use_adapters(model, "default", "third")
-    assert torch.equal(model(x), base(x))
-
-
 def test_merging_takes_only_the_adapters_at_work(two_adapters):
     model, _, alone = two_adapters
     use_adapters(model, "default")

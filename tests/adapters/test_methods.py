@@ -85,12 +85,13 @@ def test_sinlora_is_the_sine_of_the_low_rank_product(in_features, out_features, 
     torch.testing.assert_close(adapter.delta(), expected / divisor)
 
 
-def test_sinlora_under_autocast_keeps_its_phase_in_fp32(adapt, plain):
+@pytest.mark.parametrize("grad", [True, False])
+def test_sinlora_under_autocast_keeps_its_phase_in_fp32(grad, adapt, plain):
     linear = torch.nn.Sequential(torch.nn.Linear(64, 64))
     model, base, _ = adapt(linear, "sinlora", targets=["0"], frequency=200.0, rank=16)
     x = torch.randn(4, 64)
     expected = plain(model, base)(x)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
         assert (model(x) - expected).norm() < 0.02 * expected.norm()
 
 

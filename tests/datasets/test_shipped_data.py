@@ -10,7 +10,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
@@ -193,8 +195,6 @@ def test_tiny_clip_is_fp16_of_the_declared_architecture():
 
 
 def test_tiny_clip_tells_rendered_digits_apart():
-    open_clip = pytest.importorskip("open_clip")
-    torch = pytest.importorskip("torch")
     name = f"local-dir:{TINY_CLIP}"
     model, _, preprocess = open_clip.create_model_and_transforms(name)
     card = CARDS["digits-fonts"]

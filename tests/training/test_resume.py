@@ -182,11 +182,10 @@ def wait_for(path, process):
 
 @pytest.mark.slow
 def test_killed_process_is_resumed_to_the_same_bytes(tmp_path, small, colors):
-    epochs = 60
+    epochs = 40
     run = tmp_path / "run"
     with start(run, small, colors, epochs) as process:
         wait_for(run / "checkpoints" / "last.ckpt", process)
-        time.sleep(0.5)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     epoch = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["epoch"]

@@ -56,7 +56,7 @@ def stacked_deltas(adapters: Sequence[Adapter], factors: Factors) -> Tensor:
     if len(adapters) == 1:
         single = {name: factor.squeeze(0) for name, factor in wrapped.items()}
         return cast(Tensor, functional_call(_Delta(adapters[0]), single, ())).unsqueeze(0)
-    _, buffers = stack_module_state([_Delta(adapter) for adapter in adapters])  # type: ignore[arg-type]
+    _, buffers = stack_module_state([_Delta(adapter) for adapter in adapters])
     skeleton = copy.deepcopy(_Delta(adapters[0])).to("meta")
     return cast(
         Tensor,
@@ -80,7 +80,7 @@ def squared_distance(adapters: Sequence[Adapter], targets: Tensor) -> Distance:
 def composed_distance(adapters: Sequence[Adapter], targets: Tensor) -> Distance:
     """The distance by way of ``delta()``, for every method."""
     space = torch.empty_like(targets)
-    return lambda factors: _Composed.apply(stacked_deltas(adapters, factors), targets, space)
+    return lambda factors: _apply(_Composed, stacked_deltas(adapters, factors), targets, space)
 
 
 class _Composed(torch.autograd.Function):
@@ -97,6 +97,10 @@ class _Composed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (difference,) = ctx.saved_tensors
         return difference.mul_(2 * grad[:, None, None]), None, None
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    return cast(Tensor, function.apply(*arguments))
 
 
 class _LowRank(torch.autograd.Function):
@@ -140,7 +144,7 @@ class _FrozenBasis(torch.autograd.Function):
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+    return cast(Tensor, torch.linalg.vecdot(a.flatten(1), b.flatten(1)))
 
 
 def _energy(targets: Tensor) -> Tensor:
@@ -149,7 +153,7 @@ def _energy(targets: Tensor) -> Tensor:
 
 def _lora(adapters: Sequence[LoRA], targets: Tensor) -> Distance:
     energy, scaling = _energy(targets), adapters[0].scaling
-    return lambda f: _LowRank.apply(scaling * f["lora_B"], f["lora_A"], targets, energy)
+    return lambda f: _apply(_LowRank, scaling * f["lora_B"], f["lora_A"], targets, energy)
 
 
 def _krona(adapters: Sequence[KronA], targets: Tensor) -> Distance:
@@ -158,8 +162,8 @@ def _krona(adapters: Sequence[KronA], targets: Tensor) -> Distance:
     grid = targets.view(-1, a1, b1, a2, b2).transpose(2, 3).reshape(-1, a1 * a2, b1 * b2)
 
     def distance(f: Factors) -> Tensor:
-        return _LowRank.apply(
-            scale * f["krona_A"].flatten(2).mT, f["krona_B"].flatten(2), grid, energy
+        return _apply(
+            _LowRank, scale * f["krona_A"].flatten(2).mT, f["krona_B"].flatten(2), grid, energy
         )
 
     return distance
@@ -183,7 +187,7 @@ def _kradapter(adapters: Sequence[KRAdapter], targets: Tensor) -> Distance | Non
     def distance(f: Factors) -> Tensor:
         left = adapter.scale * f[outer_name].movedim(1, -1)  # (adapters, short, k2, terms)
         right = f[inner_name].movedim(1, 2)  # (adapters, short, terms, k1)
-        squares = _LowRank.apply(left, right, grid, energy).sum(1)
+        squares = _apply(_LowRank, left, right, grid, energy).sum(1)
         if free:
             cut = left[:, :, -1:] @ right[..., k1 - free :]
             squares = squares - cut.square().sum((1, 2, 3))
@@ -239,7 +243,7 @@ def _randlora(adapters: Sequence[RandLoRA], targets: Tensor) -> Distance:
     def distance(f: Factors) -> Tensor:
         weights = adapter.scaling * f["randlora_lambda"]
         fixed = shared, gram, linear, energy
-        return _RandomBases.apply(weights, f["randlora_gamma"], *fixed, *spaces)
+        return _apply(_RandomBases, weights, f["randlora_gamma"], *fixed, *spaces)
 
     return distance
 
@@ -277,7 +281,7 @@ def _sinlora(adapters: Sequence[SinLoRA], targets: Tensor) -> Distance:
     frequency, gain = adapters[0].frequency, adapters[0].gain
     gain = math.sqrt(adapters[0].in_features) if gain is None else gain
     spaces = torch.empty_like(targets), torch.empty_like(targets)
-    return lambda f: _Sine.apply(frequency * f["lora_B"], f["lora_A"], targets, gain, *spaces)
+    return lambda f: _apply(_Sine, frequency * f["lora_B"], f["lora_A"], targets, gain, *spaces)
 
 
 def _vera(adapters: Sequence[VeRA], targets: Tensor) -> Distance:
@@ -287,7 +291,7 @@ def _vera(adapters: Sequence[VeRA], targets: Tensor) -> Distance:
 
     def distance(f: Factors) -> Tensor:
         core = left * f["vera_d"].unsqueeze(2) * f["vera_b"].unsqueeze(1)
-        return _FrozenBasis.apply(core, gram, linear, energy)
+        return _apply(_FrozenBasis, core, gram, linear, energy)
 
     return distance
 

@@ -57,4 +57,4 @@ def fit(adapters: Sequence[Adapter], targets: Tensor, recipe: Recipe) -> Tensor:
         distance(factors).maximum(floor).sqrt().sum().backward()
         optimizer.step()
     with torch.no_grad():
-        return stacked_deltas(adapters, factors)
+        return stacked_deltas(adapters, factors).detach()

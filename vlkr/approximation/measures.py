@@ -2,45 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from vlkr.functional import spectrum_measures, subspace_overlap
+from vlkr.functional import Decomposition, spectrum_measures, subspace_overlap
 
 #: dimensions of the leading subspaces that are compared.
 LEADING = 16
-
-
-class Decomposition(NamedTuple):
-    """Singular values ``(min(m, n))`` and the leading singular vectors ``(m, k)``, ``(n, k)``."""
-
-    sigma: Tensor
-    left: Tensor
-    right: Tensor
-
-
-def decompose(matrix: Tensor, leading: int = LEADING) -> Decomposition:
-    """Decomposes a matrix by way of its Gram matrix in fp64, half the time of an SVD in fp32.
-
-    Singular values are exact to about 1e-8 of the largest one. Directions whose singular value is
-    below that are no directions and are left out.
-
-    Args:
-        matrix: ``(m, n)``.
-        leading: how many singular vectors to keep.
-    """
-    wide = matrix.double()
-    if wide.shape[0] < wide.shape[1]:
-        sigma, right, left = decompose(matrix.T, leading)
-        return Decomposition(sigma, left, right)
-    values, vectors = torch.linalg.eigh(wide.T @ wide)
-    sigma = values.flip(0).clamp_min(0).sqrt()
-    sigma = torch.where(sigma > 1e-7 * sigma[0], sigma, 0)
-    count = int((sigma[:leading] > 0).sum())
-    right = vectors.flip(1)[:, :count]
-    return Decomposition(sigma.float(), (wide @ right / sigma[:count]).float(), right.float())
 
 
 def target_measures(target: Decomposition) -> dict[str, float]:

@@ -16,9 +16,10 @@ from vlkr.adapters.budget import match_budget
 from vlkr.adapters.kradapter import KRAdapter
 from vlkr.adapters.krona import KronA
 from vlkr.adapters.lora import LoRA
-from vlkr.adapters.registry import adapter_class, check_options
+from vlkr.adapters.projection import project
+from vlkr.adapters.registry import adapter_class, check_options, registered_name
 from vlkr.errors import VlkrError
-from vlkr.functional import khatri_rao, project_kradapter, project_kronecker, project_lora
+from vlkr.functional import project_kronecker
 
 DEFAULT_METHODS = (
     "lora",
@@ -122,21 +123,14 @@ def optimum(adapter: Adapter, target: Tensor) -> Tensor | None:
         The change, or None for a method without a closed form. For a KRAdapter whose factors
         do not fill the long side exactly, its error is an upper bound on the optimum's.
     """
-    if type(adapter) is LoRA:
-        lora_a, lora_b = project_lora(target, adapter.rank)
-        return lora_b @ lora_a
+    if type(adapter) is LoRA or (type(adapter) is KRAdapter and adapter.num_factors == 2):
+        return project(target, registered_name(adapter), **adapter.options()).delta().detach()
     if type(adapter) is KronA:
         left, right = project_kronecker(
             target, adapter.krona_A.shape[1:], num_terms=adapter.num_terms
         )
         blocks = torch.einsum("tac,tbd->abcd", left, right)
         return blocks.flatten(2, 3).flatten(0, 1)
-    if type(adapter) is KRAdapter and adapter.num_factors == 2:
-        inner = adapter.u if adapter.rule == "reference" else adapter.v
-        u, v = project_kradapter(target, inner.shape[-1], num_terms=adapter.num_terms)
-        product = khatri_rao(u.flatten(0, 1), v.flatten(0, 1))
-        product = product.unflatten(0, u.shape[:2]).sum(0)[:, : max(target.shape)]
-        return product if target.shape[0] <= target.shape[1] else product.T
     return None
 
 

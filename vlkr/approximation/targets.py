@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vlkr.errors import VlkrError
+from vlkr.functional import project_lora
 
 Maker = Callable[[int, int, torch.Generator], Tensor]
 
@@ -25,24 +26,25 @@ def gaussian(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 def sparse(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """Normal entries of which nine in ten are zero, the others ten times as large."""
     kept = torch.rand(rows, columns, generator=generator) < 0.1
-    return torch.randn(rows, columns, generator=generator) * kept * 10
+    return 10 * torch.randn(rows, columns, generator=generator) * kept
 
 
 def whitened(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """Centred normal data, PCA-whitened: all singular values are nearly equal."""
+    if rows < columns:
+        return whitened(columns, rows, generator).T
     data = torch.randn(rows, columns, generator=generator)
     data -= data.mean(0)
     values, vectors = torch.linalg.eigh(torch.cov(data.T))
-    return (data @ vectors) / (values + 1e-5).sqrt()
+    white: Tensor = (data @ vectors) / (values + 1e-5).sqrt()
+    return white
 
 
 def low_rank(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """A normal matrix whose smaller three quarters of singular values are set to zero."""
-    u, sigma, vh = torch.linalg.svd(
-        torch.randn(rows, columns, generator=generator), full_matrices=False
-    )
-    rank = len(sigma) // 4
-    return u[:, :rank] * sigma[:rank] @ vh[:rank]
+    normal = torch.randn(rows, columns, generator=generator)
+    lora_a, lora_b = project_lora(normal, max(1, min(rows, columns) // 4))
+    return lora_b @ lora_a
 
 
 def low_frequency(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -95,7 +97,8 @@ def power_law(rows: int, columns: int, generator: torch.Generator, exponent: flo
     v = torch.linalg.qr(torch.randn(columns, short, generator=generator))[0]
     sigma = torch.arange(1, short + 1, dtype=torch.float64).pow(-exponent)
     sigma *= math.sqrt(rows * columns) / sigma.norm()
-    return u * sigma.float() @ v.T
+    matrix: Tensor = u * sigma.float() @ v.T
+    return matrix
 
 
 TARGETS: dict[str, Maker] = {

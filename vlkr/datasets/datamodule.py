@@ -30,6 +30,8 @@ class DataOptions:
         num_workers: processes that decode and augment; 0 does it in the main one.
         crop_scale: smallest and largest area of the random crop, relative to the image.
         flip: flip half of the training images horizontally.
+        classes_per_step: with more classes than these a training step uses the batch's and random
+            others; none uses all.
     """
 
     name: str | None = None
@@ -42,6 +44,7 @@ class DataOptions:
     num_workers: int = 0
     crop_scale: tuple[float, float] = (0.5, 1.0)
     flip: bool = True
+    classes_per_step: int | None = None
 
     def load(self) -> Dataset:
         """Finds the dataset.
@@ -67,8 +70,9 @@ class DataOptions:
             ("batch_size", 1),
             ("min_steps_per_epoch", 1),
             ("num_workers", 0),
+            ("classes_per_step", 2),
         ):
-            if getattr(self, option) < least:
+            if getattr(self, option) is not None and getattr(self, option) < least:
                 raise VlkrError(
                     f"data.{option} {getattr(self, option)} is too small, expected at least {least}"
                 )

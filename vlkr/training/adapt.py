@@ -167,7 +167,9 @@ def adapt(
         dataset, data, seed, _train_transform(bundle, data), bundle.preprocess
     )
     add_adapters(bundle.model, adapter.name, **place, **options)
-    module = FewShotModule(bundle, dataset.class_names, dataset.templates, optimizer, seed)
+    module = FewShotModule(
+        bundle, dataset.class_names, dataset.templates, optimizer, seed, data.classes_per_step
+    )
     with quiet_lightning():
         lightning_trainer = make_trainer(output, trainer, optimizer.grad_clip)
         if resume:
@@ -192,6 +194,7 @@ def adapt(
         "options": options,
         "parameters": sum(p.numel() for p in adapter_parameters(bundle.model)),
         "shots": data.shots,
+        "classes per step": data.classes_per_step,
         "seed": seed,
         "checkpoint": "last iteration",
     }

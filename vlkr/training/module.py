@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from vlkr.adapters import adapter_parameters
+from vlkr.adapters import ComposedOnce, adapter_parameters
 from vlkr.adapters.inject import hosts
 from vlkr.datasets.pipelines import Batch
 from vlkr.errors import VlkrError
@@ -29,7 +29,9 @@ class FewShotModule(L.LightningModule):
         class_names: by label.
         templates: with the placeholder ``{c}``.
         optimizer: options.
-        seed: of dropout.
+        seed: of dropout, and of the classes of a step.
+        classes_per_step: with more classes than these a step uses the batch's and random others,
+            which bounds the text tower's work; None for all classes.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class FewShotModule(L.LightningModule):
         templates: tuple[str, ...],
         optimizer: OptimizerOptions,
         seed: int,
+        classes_per_step: int | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False
@@ -46,6 +49,9 @@ class FewShotModule(L.LightningModule):
         self.base_hash = bundle.weights_hash
         self.optimizer_options = optimizer
         self.seed = seed
+        self.classes_per_step = classes_per_step
+        self.composed_once = ComposedOnce(bundle.model)
+        self.steps_next = True
         self.prompts: Tensor
         self.embeddings: Tensor
         prompts = tokenize_prompts(bundle.tokenizer, class_names, templates)
@@ -62,16 +68,35 @@ class FewShotModule(L.LightningModule):
             with torch.no_grad():
                 self.embeddings = class_embeddings(self.model, self.prompts)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(batch, num_classes)`` of images ``(batch, 3, height, width)``."""
+    def forward(self, images: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Logits of images ``(batch, 3, height, width)`` for all classes, or for those given.
+
+        Args:
+            images: normalised as the model wants them.
+            classes: labels ``(num_chosen)``, None for all.
+
+        Returns:
+            ``(batch, num_classes)`` or ``(batch, num_chosen)``.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and "visual" in self.adapted_towers):
             features = encode_image(self.model, images)
-        embeddings = (
-            class_embeddings(self.model, self.prompts)
-            if "text" in self.adapted_towers
-            else self.embeddings
-        )
+        if "text" in self.adapted_towers:
+            prompts = self.prompts if classes is None else self.prompts[classes]
+            embeddings = class_embeddings(self.model, prompts)
+        else:
+            embeddings = self.embeddings if classes is None else self.embeddings[classes]
         return logit_scale(self.model) * features @ embeddings.T
+
+    def _choose_classes(self, labels: Tensor) -> Tensor | None:
+        """The batch's classes and random others, sorted; None for all."""
+        num_classes = len(self.prompts)
+        if self.classes_per_step is None or self.classes_per_step >= num_classes:
+            return None
+        present = torch.zeros(num_classes, dtype=torch.bool, device=labels.device)
+        present[labels] = True
+        priority = torch.rand(num_classes, device=labels.device) + present
+        size = max(self.classes_per_step, int(present.sum()))
+        return priority.topk(size).indices.sort().values
 
     def on_train_epoch_start(self) -> None:
         """The base model stays in eval mode, the adapters train."""
@@ -89,7 +114,13 @@ class FewShotModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of one batch."""
-        loss = F.cross_entropy(self(batch.images), batch.labels)
+        accumulate = self.trainer.accumulate_grad_batches
+        if accumulate > 1 and not self.composed_once.open:
+            self.composed_once.begin()
+        self.steps_next = (batch_idx + 1) % accumulate == 0 or self.trainer.is_last_batch
+        chosen = self._choose_classes(batch.labels)
+        labels = batch.labels if chosen is None else torch.searchsorted(chosen, batch.labels)
+        loss = F.cross_entropy(self(batch.images, chosen), labels)
         if not torch.isfinite(loss):
             lr = self.lr_schedulers().get_last_lr()[0]  # type: ignore[union-attr]
             raise VlkrError(
@@ -101,7 +132,9 @@ class FewShotModule(L.LightningModule):
 
     def on_after_backward(self) -> None:
         """Refuses a model whose code bypasses an adapter, which would silently not be trained."""
-        if self.global_step:
+        if self.steps_next and self.composed_once.open:
+            self.composed_once.finish()
+        if self.global_step or not self.steps_next:
             return
         for path, host in hosts(self.model):
             if all(p.grad is None for p in host.adapters.parameters()):

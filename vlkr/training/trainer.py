@@ -161,14 +161,13 @@ def fit(
             weights_only=True,
         )
     except SystemExit as error:  # Lightning's answer to both
+        signal.signal(signal.SIGINT, on_interrupt)  # which Lightning leaves ignored
         epochs = f"{trainer.current_epoch} epoch{'s' if trainer.current_epoch > 1 else ''}"
         raise KeyboardInterrupt(
             f"{checkpoint.name} holds {epochs}, --resume goes on from there"
             if checkpoint.is_file()
             else "no epoch was finished, start again with --force"
         ) from error
-    finally:
-        signal.signal(signal.SIGINT, on_interrupt)
 
 
 @contextmanager

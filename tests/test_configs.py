@@ -1,0 +1,73 @@
+"""Every configuration that ships runs as its first line says, with fewer steps."""
+
+import re
+import shlex
+
+import pytest
+import yaml
+from helpers import ROOT, small_run, write_clip, write_images
+
+from vlkr.cli import COMMANDS, main
+
+CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/**/*.yaml"))
+# What makes a command short, where it has such options.
+SHORTER = {
+    "adapt": ["--trainer.epochs=1", "--data.min-steps-per-epoch=1", "--trainer.progress=false"],
+}
+
+
+def command_of(config):
+    """The arguments of the command in the first line, and the lines that say what it prints."""
+    first, *rest = (ROOT / config).read_text(encoding="utf-8").splitlines()
+    assert first.startswith("# vlkr "), f"{config} does not open with its command"
+    assert rest[0].startswith("# "), f"{config} does not say what its command prints"
+    return shlex.split(first.removeprefix("# vlkr ")), rest[0]
+
+
+def replace_output(arguments, output):
+    found = list(arguments)
+    found[found.index("--output") + 1] = str(output)
+    return found
+
+
+def test_there_are_configurations():
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_command_names_its_own_file(config):
+    arguments, _ = command_of(config)
+    assert arguments[0] in COMMANDS
+    assert arguments[arguments.index("--config") + 1] == config
+    assert isinstance(yaml.safe_load((ROOT / config).read_text()), dict)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder, for configurations of commands that read one."""
+    folder = tmp_path_factory.mktemp("run")
+    model = write_clip(folder / "clip")
+    return small_run(folder / "run", model, write_images(folder / "colors")).output
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_command_runs(config, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments, _ = command_of(config)
+    if "--run" in arguments:
+        arguments[arguments.index("--run") + 1] = str(run)
+    assert main(arguments + SHORTER.get(arguments[0], [])) == 0, capsys.readouterr().err
+    if "--output" in arguments:
+        assert (tmp_path / arguments[arguments.index("--output") + 1]).is_dir()
+    assert capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [c for c in CONFIGS if re.search(r"\d %", command_of(c)[1])])
+def test_command_prints_the_accuracy_it_promises(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments, promise = command_of(config)
+    expected = float(re.search(r"(\d+(?:\.\d+)?) %", promise)[1])
+    assert main([*arguments, "--trainer.progress=false"]) == 0
+    home = re.search(r"│ +\d+ │ +(\d+\.\d) │", capsys.readouterr().out)
+    assert float(home[1]) == pytest.approx(expected, abs=1.5)

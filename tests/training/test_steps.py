@@ -1,0 +1,79 @@
+import pytest
+import torch
+from torch import nn
+
+import vlkr
+from vlkr.models.clip import load_clip
+from vlkr.training.module import FewShotModule
+from vlkr.training.optim import OptimizerOptions
+
+NAMES = tuple(f"thing {i}" for i in range(12))
+
+
+@pytest.fixture
+def module(small):
+    bundle = load_clip(small)
+    torch.manual_seed(0)
+    vlkr.add_adapters(bundle.model, "kradapter")
+    for p in vlkr.adapter_parameters(bundle.model):
+        nn.init.normal_(p, std=0.1)
+    options = OptimizerOptions()
+    return FewShotModule(bundle, NAMES, ("a {c}.",), options, seed=1, classes_per_step=5)
+
+
+def test_a_step_uses_the_classes_of_the_batch_and_random_others(module):
+    labels = torch.tensor([3, 3, 7])
+    seen = set()
+    for _ in range(50):
+        chosen = module._choose_classes(labels).tolist()
+        assert len(chosen) == 5
+        assert chosen == sorted(set(chosen))
+        assert {3, 7} < set(chosen)
+        seen.update(chosen)
+    assert seen == set(range(12))
+    many = torch.arange(8)
+    assert module._choose_classes(many).tolist() == list(range(8))
+    module.classes_per_step = 12
+    assert module._choose_classes(labels) is None
+
+
+def test_logits_of_chosen_classes_are_those_among_all(module):
+    size = module.model.visual.image_size
+    images = torch.randn(2, 3, *(size if isinstance(size, tuple) else (size, size)))
+    chosen = torch.tensor([1, 4, 9])
+    with torch.no_grad():
+        torch.testing.assert_close(module(images, chosen), module(images)[:, chosen])
+
+
+def test_accumulated_batches_train_as_one_composition_or_many(small, colors, tmp_path, monkeypatch):
+    from vlkr.training import module as training
+
+    class Never:
+        open = False
+
+        def __init__(self, model):
+            pass
+
+        def begin(self):
+            pass
+
+    from vlkr.datasets import DataOptions
+    from vlkr.training.adapt import adapt
+    from vlkr.training.trainer import TrainerOptions
+
+    def run(name):
+        data = DataOptions(
+            root=colors, shots=2, batch_size=2, min_steps_per_epoch=5, crop_scale=(1.0, 1.0)
+        )
+        trainer = TrainerOptions(
+            epochs=2, accumulate_grad_batches=2, progress=False, accelerator="cpu"
+        )
+        result = adapt(tmp_path / name, small, data=data, trainer=trainer)
+        return vlkr.adapter_state_dict(result.bundle.model)
+
+    once = run("once")
+    monkeypatch.setattr(training, "ComposedOnce", Never)
+    many = run("many")
+    moved = max(t.abs().max() for key, t in once.items() if key.endswith(".u"))
+    assert moved > 1e-4
+    torch.testing.assert_close(once, many, rtol=1e-2, atol=2e-4)
