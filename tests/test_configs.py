@@ -24,12 +24,6 @@ def command_of(config):
     return shlex.split(first.removeprefix("# vlkr ")), rest[0]
 
 
-def replace_output(arguments, output):
-    found = list(arguments)
-    found[found.index("--output") + 1] = str(output)
-    return found
-
-
 def test_there_are_configurations():
     assert CONFIGS
 

@@ -31,8 +31,13 @@ _LINEAR_NAMES = {
     "attn.proj": "out",
     "c_fc": "fc1",
     "fc1": "fc1",
+    "fc1_g": "fc1",
+    "fc1_x": "fc1",
+    "gate_proj": "fc1",
+    "up_proj": "fc1",
     "c_proj": "fc2",
     "fc2": "fc2",
+    "down_proj": "fc2",
 }
 _TOWER_PREFIXES = {
     "visual": "visual",
@@ -86,13 +91,11 @@ def candidates(model: nn.Module) -> Iterator[Target]:
     for path, module in model.named_modules():
         if module in inside:
             continue
-        own = module._parameters
-        fused, split = own.get("in_proj_weight"), own.get("q_proj_weight")
-        if fused is not None or split is not None:
-            for name, slot, shape in _attention_slots(module):
-                yield Target(path, slot, name, shape[1], shape[0])
-            inside.update(module.modules())
-        elif isinstance(module, nn.Linear):
+        for name, slot in _attention_slots(module):
+            out_features, in_features = slot.select(module.get_parameter(slot.parameter)).shape
+            yield Target(path, slot, name, in_features, out_features)
+            inside.add(module.get_submodule(slot.parameter.rpartition(".")[0]))
+        if isinstance(module, nn.Linear):
             out_features, in_features = module.weight.shape
             tail = path.rsplit(".", 2)[-2:]
             name = _LINEAR_NAMES.get(".".join(tail)) or _LINEAR_NAMES.get(tail[-1], tail[-1])
@@ -104,20 +107,28 @@ def candidates(model: nn.Module) -> Iterator[Target]:
             yield Target(path, Slot("weight"), name, in_features, out_features)
 
 
-def _attention_slots(module: nn.Module) -> Iterator[tuple[str, Slot, tuple[int, int]]]:
-    fused = module._parameters.get("in_proj_weight")
+def _attention_slots(module: nn.Module) -> Iterator[tuple[str, Slot]]:
+    """Weights that an attention module uses by itself, not through the linear layer's forward."""
+    own, qkv, out = module._parameters, _linear(module, "qkv"), _linear(module, "out_proj")
+    fused, split = own.get("in_proj_weight"), own.get("q_proj_weight")
     if fused is not None:
-        rows, columns = fused.shape
-        for name, part in _thirds(rows):
-            yield name, Slot("in_proj_weight", part), (rows // 3, columns)
-        yield "qkv", Slot("in_proj_weight"), (rows, columns)
-    else:
-        for name in ("q", "k", "v"):
-            weight = module.get_parameter(f"{name}_proj_weight")
-            yield name, Slot(f"{name}_proj_weight"), (weight.shape[0], weight.shape[1])
-    out = getattr(module, "out_proj", None)
-    if isinstance(out, nn.Linear):
-        yield "out", Slot("out_proj.weight"), (out.weight.shape[0], out.weight.shape[1])
+        yield from _fused_slots("in_proj_weight", fused.shape[0])
+    elif split is not None:
+        yield from ((name, Slot(f"{name}_proj_weight")) for name in "qkv")
+    elif qkv is not None and own.get("q_bias") is not None:  # timm's BEiT and EVA
+        yield from _fused_slots("qkv.weight", qkv.out_features)
+    if out is not None and (fused is not None or split is not None):
+        yield "out", Slot("out_proj.weight")
+
+
+def _fused_slots(parameter: str, rows: int) -> Iterator[tuple[str, Slot]]:
+    yield from ((name, Slot(parameter, part)) for name, part in _thirds(rows))
+    yield "qkv", Slot(parameter)
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear | None:
+    child = module._modules.get(name)
+    return child if isinstance(child, nn.Linear) else None
 
 
 def _thirds(rows: int) -> Iterator[tuple[str, tuple[int, int]]]:
