@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from vlkr.errors import VlkrError
 from vlkr.functional import (
+    decompose,
     effective_rank,
     khatri_rao,
     nuclear_norm,
@@ -242,3 +243,30 @@ def test_project_kronecker_is_the_truncated_svd_of_the_blocks(left_shape, num_te
 def test_projections_name_what_is_out_of_range(call, named):
     with pytest.raises(VlkrError, match=named):
         call(torch.randn(8, 12))
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (9, 9), (1, 5)])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("condition", [1.0, 1e6, float("inf")])
+def test_decompose_is_numpys_svd(shape, scale, condition):
+    size = min(shape)
+    sigma = torch.logspace(0, -np.log10(min(condition, 1e6)), size).double()
+    if condition == float("inf"):
+        sigma[size // 2 + 1 :] = 0
+    u, v = (torch.linalg.qr(torch.randn(n, size).double()).Q for n in shape)
+    matrix = (scale * (u * sigma @ v.T)).float()
+    found = decompose(matrix, leading=3)
+    expected = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    np.testing.assert_allclose(found.sigma, expected, rtol=1e-4, atol=3e-7 * expected[0])
+    k = min(3, int((sigma > 0).sum()))
+    assert (found.left.shape, found.right.shape) == ((shape[0], k), (shape[1], k))
+    for column in range(k):
+        image = matrix.double() @ found.right[:, column].double()
+        expected_image = found.sigma[column].double() * found.left[:, column].double()
+        torch.testing.assert_close(image, expected_image, rtol=0, atol=1e-5 * expected[0].item())
+
+
+def test_decompose_of_zero_has_no_directions():
+    found = decompose(torch.zeros(4, 6), leading=3)
+    assert found.sigma.tolist() == [0] * 4
+    assert (found.left.shape, found.right.shape) == ((4, 0), (6, 0))

@@ -123,17 +123,20 @@ def demo(output: Path = Path("runs/demo"), quick: bool = False, force: bool = Fa
         evaluations[method] = []
         for seed in seeds:
             console.print(f"[bold]{label}[/], seed {seed}")
-            result = adapt(
-                output / "runs" / f"{method}-seed{seed}",
-                adapter=AdapterOptions(
-                    method, match=None if method == "kradapter" else "kradapter"
-                ),
-                data=DataOptions("digits", shots=16, crop_scale=(0.7, 1.0), flip=False),
-                optimizer=OptimizerOptions(),
-                trainer=TrainerOptions(epochs=epochs, accelerator="cpu"),
-                seed=seed,
-                force=force,
-            )
+            try:
+                result = adapt(
+                    output / "runs" / f"{method}-seed{seed}",
+                    adapter=AdapterOptions(
+                        method, match=None if method == "kradapter" else "kradapter"
+                    ),
+                    data=DataOptions("digits", shots=16, crop_scale=(0.7, 1.0), flip=False),
+                    optimizer=OptimizerOptions(),
+                    trainer=TrainerOptions(epochs=epochs, accelerator="cpu"),
+                    seed=seed,
+                    force=force,
+                )
+            except KeyboardInterrupt as error:
+                raise KeyboardInterrupt("start again with --force") from error
             evaluations[method].append(evaluate_bundle(result.bundle, datasets, device="cpu"))
             parameters[method] = result.parameters
     exported = export(output / "runs" / "kradapter-seed1", output / "export", force=force)
@@ -173,7 +176,7 @@ def plot(result: DemoResult, path: Path) -> None:
             [j + (i - 1) * width for j in range(len(names))],
             [100 * statistics.mean(v) for v in values],
             width,
-            yerr=[100 * statistics.stdev(v) if len(v) > 1 else 0 for v in values],
+            yerr=[100 * statistics.stdev(v) for v in values] if len(values[0]) > 1 else None,
             capsize=2,
             label=METHODS.get(method, method),
             color=colors[method],
@@ -184,7 +187,7 @@ def plot(result: DemoResult, path: Path) -> None:
     axes.set_ylabel("top-1 accuracy, %")
     axes.set_ylim(0, 100)
     axes.set_title("Tiny CLIP, 16 shots of handwritten digits: at home and under shift", loc="left")
-    axes.legend(frameon=False, ncols=4, loc="upper right")
+    figure.legend(frameon=False, ncols=4, loc="outside lower center")
     axes.spines[["top", "right"]].set_visible(False)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")

@@ -7,7 +7,14 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from vlkr.adapters import add_adapters, load_adapter, merge_adapters, merged, save_adapter
+from vlkr.adapters import (
+    add_adapters,
+    load_adapter,
+    merge_adapters,
+    merged,
+    save_adapter,
+    set_adapter_scale,
+)
 from vlkr.errors import VlkrError
 from vlkr.hashing import weights_hash
 
@@ -102,11 +109,18 @@ def test_one_of_two_adapters_is_saved_by_name(saved, disturb, tmp_path):
     assert not (tmp_path / "third").exists()
 
 
-def test_saving_within_a_merged_block_names_the_base(saved, tmp_path):
-    model, base, _ = saved
-    with merged(model):
+def test_saving_within_a_merged_block_is_refused(saved, tmp_path):
+    model, _, _ = saved
+    with merged(model), pytest.raises(VlkrError, match="merged for now"):
         save_adapter(model, tmp_path / "again")
-    load_adapter(base, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_scale_is_saved(saved, tmp_path):
+    model, base, _ = saved
+    set_adapter_scale(model, 0.5)
+    save_adapter(model, tmp_path / "half")
+    load_adapter(base, tmp_path / "half")
     x = torch.randn(2, 5, 8)
     assert torch.equal(base(x), model(x))
 
@@ -194,14 +208,14 @@ CONFIG_EDITS = {
     "a module without rows": (lambda c: c["modules"][0].pop("rows") and None, "rows"),
     "rows a number": (module(rows=8), CONFIG),
     "rows of text": (module(rows=["a", "b"]), CONFIG),
-    "rows of one": (module(rows=[0]), "q"),
+    "rows of one": (module(rows=[0]), CONFIG),
     "rows of three": (module(rows=[0, 8, 2]), CONFIG),
     "rows out of range": (module(rows=[100, 108]), "q"),
     "rows reversed": (module(rows=[8, 0]), "q"),
     "features as text": (module(in_features="eight"), CONFIG),
     "features null": (module(in_features=None), CONFIG),
     "features negative": (module(in_features=-8), "-8"),
-    "features zero": (module(in_features=0), "q"),
+    "features zero": (module(in_features=0), CONFIG),
     "features of another size": (module(out_features=9), "q"),
     "unknown module": (module(module="1.attn"), "1.attn"),
     "unknown parameter": (module(parameter="in_weight"), "q"),

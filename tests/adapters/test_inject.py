@@ -91,7 +91,7 @@ def test_scale_belongs_to_its_adapter(two_linears, disturb):
     disturb(model)
     x = torch.randn(5, 12)
     set_adapter_scale(model, 0, adapter_name="default")
-    other = model[0].adapters["other"]["0"].delta()
+    other = model[0].adapters["other"]["weight"].delta()
     hidden = torch.relu(x @ (base[0].weight + other).T + base[0].bias)
     torch.testing.assert_close(model(x), hidden @ base[2].weight.T + base[2].bias)
     with pytest.raises(VlkrError, match="'third'"):
@@ -207,7 +207,7 @@ def two_adapters(two_linears, disturb, plain):
     add_adapters(model, "lora", targets=["0"], adapter_name="other", rank=2)
     disturb(model)
     alone["other"] = deepcopy(base)
-    alone["other"][0].weight.data += model[0].adapters["other"]["0"].delta().detach()
+    alone["other"][0].weight.data += model[0].adapters["other"]["weight"].delta().detach()
     return model, base, alone
 
 

@@ -87,7 +87,7 @@ def test_input_without_gradient_still_trains_the_factors(method, linear, dense_w
 
 def test_a_frozen_factor_gets_no_gradient(linear, dense_weights):
     model, base = linear("kradapter")
-    u, v = model[0].adapters["default"]["0"].u, model[0].adapters["default"]["0"].v
+    u, v = model[0].adapters["default"]["weight"].u, model[0].adapters["default"]["weight"].v
     u.requires_grad_(False)
     x = torch.randn(5, 12)
     model(x).square().sum().backward()
@@ -134,8 +134,8 @@ def test_two_adapters_on_one_weight_add_up(adapt, disturb, dense_weights):
     add_adapters(model, "lora", targets=["0"], adapter_name="second", rank=2)
     use_adapters(model, "default", "second")
     disturb(model)
-    first = model[0].adapters["default"]["0"].delta()
-    second = model[0].adapters["second"]["0"].delta()
+    first = model[0].adapters["default"]["weight"].delta()
+    second = model[0].adapters["second"]["weight"].delta()
     x = torch.randn(5, 12)
     expected = F.linear(x, base[0].weight + first + second, base[0].bias)
     torch.testing.assert_close(model(x), expected)

@@ -47,7 +47,7 @@ def test_adapters_at_work_together_add_up(model):
     for name in ("a", "b"):
         vlkr.add_adapters(model, "kradapter", targets=["0"], adapter_name=name)
         randomise(model)
-        deltas.append(first.adapters[name]["0"].delta().detach())
+        deltas.append(first.adapters[name]["weight"].delta().detach())
     use_adapters(model, "a", "b")
     vlkr.set_adapter_scale(model, 0.5, "b")
     weight = first.weight + deltas[0] + 0.5 * deltas[1]

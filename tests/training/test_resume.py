@@ -11,6 +11,7 @@ import torch
 import yaml
 from helpers import small_run
 
+from vlkr.adapters.registry import ADAPTERS
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.training.adapt import AdapterOptions
@@ -45,11 +46,11 @@ def logged_steps(path):
 @pytest.mark.parametrize(
     "adapter",
     [
-        AdapterOptions(),
         AdapterOptions("lora", options={"rank": 2, "dropout": 0.3}),
         AdapterOptions("lora", towers=["visual"], options={"rank": 2, "dropout": 0.3}),
+        *map(AdapterOptions, sorted(ADAPTERS)),
     ],
-    ids=["kradapter", "lora dropout", "lora dropout visual"],
+    ids=["lora with dropout", "lora with dropout, visual", *sorted(ADAPTERS)],
 )
 def test_resumed_run_ends_as_an_unbroken_one(tmp_path, small, colors, monkeypatch, adapter):
     options = {"adapter": adapter, "trainer": TRAINER}

@@ -66,7 +66,7 @@ class Adapter(nn.Module, ABC):
 
     def options(self) -> dict[str, Any]:
         """The constructor's options, from which an equal adapter can be made."""
-        return {name: getattr(self, name) for name in option_names(type(self))}
+        return {name: getattr(self, name) for name in option_defaults(type(self))}
 
     @classmethod
     def num_parameters(cls, in_features: int, out_features: int, **options: Any) -> int:
@@ -81,10 +81,10 @@ class Adapter(nn.Module, ABC):
         return ", ".join(f"{key}={value}" for key, value in {**sizes, **self.options()}.items())
 
 
-def option_names(method: type[Adapter]) -> list[str]:
-    """Names of the keyword-only options of a method's constructor."""
+def option_defaults(method: type[Adapter]) -> dict[str, Any]:
+    """The keyword-only options of a method's constructor, with their defaults."""
     parameters = inspect.signature(method.__init__).parameters.values()
-    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 def random_basis(*shape: int, seed: int) -> Tensor:
@@ -96,4 +96,4 @@ def random_basis(*shape: int, seed: int) -> Tensor:
         return torch.empty(*shape)
     generator = torch.Generator().manual_seed(seed)
     bound = 3**0.5
-    return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
+    return torch.empty(*shape, device="cpu").uniform_(-bound, bound, generator=generator)

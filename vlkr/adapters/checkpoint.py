@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import nn
 
 from vlkr.adapters.base import Adapter
 from vlkr.adapters.foreign import peft_lora, read_tensors
-from vlkr.adapters.inject import attach, placed_adapters
+from vlkr.adapters.inject import attach, hosts, placed_adapters, set_adapter_scale
 from vlkr.adapters.linear import Slot
 from vlkr.adapters.registry import adapter_class, check_options, registered_name
 from vlkr.adapters.targets import Target
@@ -44,8 +46,11 @@ def save_adapter(
         VlkrError: if there are no such adapters, or the folder cannot be written.
     """
     placed = placed_adapters(model, adapter_name)
+    if any(host.is_merged for _, host in hosts(model)):
+        raise VlkrError("the adapters are merged for now; save them outside of merged(model)")
     method = registered_name(placed[0].adapter)
     options = placed[0].adapter.options()
+    scales = (h.adapter_scales[adapter_name] for _, h in hosts(model) if adapter_name in h.adapters)
     modules = [
         {
             "module": p.module,
@@ -62,6 +67,7 @@ def save_adapter(
         "base_model_name_or_path": base_model,
         "base_model_sha256": weights_hash(model),
         "options": options,
+        "scale": next(scales),
         "modules": modules,
         "vlkr_version": __version__,
     }
@@ -71,7 +77,10 @@ def save_adapter(
         for factor, tensor in p.adapter.state_dict().items()
     }
     with atomic_folder(Path(folder), force=force) as temporary:
-        safetensors.torch.save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
+        try:
+            safetensors.torch.save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise VlkrError(f"cannot write {folder}: {error}") from error
         write_json(temporary / _CONFIG, config)
         write_text(temporary / "README.md", _card(config, sum(t.numel() for t in tensors.values())))
 
@@ -117,7 +126,7 @@ def load_adapter(
     tensors = read_tensors(folder / _WEIGHTS)
     expected: set[str] = set()
     for target, adapter in made:
-        prefix = f"{_PREFIX}{target.module}.{target.name}.".replace("..", ".")
+        prefix = _PREFIX + f"{target.module}.{target.slot_name}.".lstrip(".")
         state = {
             key.removeprefix(prefix): tensor
             for key, tensor in tensors.items()
@@ -132,6 +141,7 @@ def load_adapter(
     if unknown := set(tensors) - expected:
         raise VlkrError(f"{folder / _WEIGHTS} holds an unexpected tensor {sorted(unknown)[0]!r}")
     attach(model, made, adapter_name)
+    set_adapter_scale(model, float(config.get("scale", 1.0)), adapter_name)
 
 
 def _read_adapters(config: dict[str, Any], path: Path) -> list[tuple[Target, Adapter]]:
@@ -140,21 +150,25 @@ def _read_adapters(config: dict[str, Any], path: Path) -> list[tuple[Target, Ada
     options, modules = config.get("options"), config.get("modules")
     if not isinstance(options, dict) or not isinstance(modules, list) or not modules:
         raise VlkrError(f"{path} lacks its options or modules; it was not written by vlkr")
-    check_options(method, options)
     try:
-        targets = [
-            Target(
-                str(m["module"]),
-                Slot(str(m["parameter"]), None if m["rows"] is None else (*map(int, m["rows"]),)),  # type: ignore[arg-type]
-                str(m["name"]),
-                int(m["in_features"]),
-                int(m["out_features"]),
-            )
-            for m in modules
-        ]
+        check_options(method, options)
+        targets = [_read_target(m) for m in modules]
         return [(t, cls(t.in_features, t.out_features, **options)) for t in targets]
-    except (KeyError, TypeError, ValueError) as error:
-        raise VlkrError(f"{path} is damaged: {type(error).__name__} {error}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        kind = "" if isinstance(error, VlkrError) else f"{type(error).__name__} "
+        raise VlkrError(f"{path} is damaged: {kind}{' '.join(str(error).split())}") from error
+
+
+def _read_target(entry: Mapping[str, Any]) -> Target:
+    in_features, out_features = entry["in_features"], entry["out_features"]
+    if not all(type(size) is int and 0 < size < 2**31 for size in (in_features, out_features)):
+        raise ValueError(f"sizes {in_features}, {out_features} are no positive numbers")
+    rows = None
+    if entry["rows"] is not None:
+        first, past = map(int, entry["rows"])
+        rows = (first, past)
+    slot = Slot(str(entry["parameter"]), rows)
+    return Target(str(entry["module"]), slot, str(entry["name"]), in_features, out_features)
 
 
 def _check_fit(

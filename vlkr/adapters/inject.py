@@ -74,9 +74,18 @@ def attach(
         raise VlkrError(
             f"the model carries adapters named {adapter_name!r} already; merge or remove them first"
         )
+    if not adapter_name.isidentifier() or hasattr(nn.ModuleDict, adapter_name):
+        raise VlkrError(f"{adapter_name!r} is no name for adapters, expected letters, digits and _")
     modules = dict(model.named_modules())
+    owners: dict[int, Target] = {}
     for target, adapter in made:
         module = modules[target.module]
+        weight = module.get_parameter(target.slot.parameter)
+        first = owners.setdefault(id(weight), target)
+        if (first.module, first.slot.parameter) != (target.module, target.slot.parameter):
+            raise VlkrError(
+                f"{first.path} and {target.path} share one weight; adapt only one of them"
+            )
         host_class = _host_class(module)
         if issubclass(host_class, AdaptedParameters) and getattr(adapter, "dropout", False):
             raise VlkrError(
@@ -88,12 +97,13 @@ def attach(
     for target, adapter in made:
         host = _become_host(modules[target.module])
         weight = host.get_parameter(target.slot.parameter)
-        host.slots[target.name] = target.slot
+        host.slots[target.slot_name] = target.slot
         if adapter_name not in host.adapters:
             host.adapters[adapter_name] = nn.ModuleDict()
             host.adapter_scales[adapter_name] = 1.0
             host.active = (adapter_name,)
-        host.adapters[adapter_name][target.name] = adapter.to(weight.device)  # type: ignore[operator]
+        host.adapters[adapter_name][target.slot_name] = adapter.to(weight.device)  # type: ignore[operator]
+        host.adapters.train(host.training)
     use_adapters(model, adapter_name)
 
 
@@ -227,13 +237,13 @@ def merged(model: nn.Module) -> Iterator[None]:
                     kept.append((weight, weight.data))
                     weight.data = compose(weight, host.parts(parameter))
         for host, _ in at_work:
-            host.active = ()
+            host.active, host.is_merged = (), True
         yield
     finally:
-        for weight, base in kept:
+        for weight, base in reversed(kept):
             weight.data = base
         for host, names in at_work:
-            host.active = names
+            host.active, host.is_merged = names, False
 
 
 def _require_hosts(model: nn.Module) -> list[tuple[str, AdapterHost]]:
@@ -247,13 +257,16 @@ def _host_class(module: nn.Module) -> type[nn.Module]:
     cls = type(module)
     if isinstance(module, AdapterHost):
         return cls
+    host: type[nn.Module] = AdaptedParameters
     if isinstance(module, nn.MultiheadAttention):
         check_hostable(module)
         if module._qkv_same_embed_dim and cls.forward is nn.MultiheadAttention.forward:
-            return AdaptedMultiheadAttention
-    if isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward:
-        return AdaptedLinear
-    return type(f"Adapted{cls.__name__}", (AdaptedParameters, cls), {})
+            host = AdaptedMultiheadAttention
+    elif isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward:
+        host = AdaptedLinear
+    if cls in (nn.Linear, nn.MultiheadAttention) and host is not AdaptedParameters:
+        return host
+    return type(f"Adapted{cls.__name__}", (host, cls), {})
 
 
 def _become_host(module: nn.Module) -> AdapterHost:
@@ -266,12 +279,18 @@ def _become_host(module: nn.Module) -> AdapterHost:
         module.adapter_scales = {}
         module.active = ()
         module.composed_once = {}
+        module.is_merged = False
+        module.hook = module.register_forward_pre_hook(_no_op)
     return module
+
+
+def _no_op(module: nn.Module, args: object) -> None:
+    """A module with hooks is called, and not read by torch's fused encoder layer."""
 
 
 def _release(host: AdapterHost) -> None:
     base_class = host.base_class
-    del host.adapters
-    for attribute in ("slots", "adapter_scales", "active", "composed_once", "base_class"):
+    host.hook.remove()
+    for attribute in AdapterHost.__annotations__:
         delattr(host, attribute)
     host.__class__ = base_class  # type: ignore[assignment]

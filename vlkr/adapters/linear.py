@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from vlkr.adapters.base import Adapter
 
@@ -54,8 +55,9 @@ def compose(weight: Tensor, parts: Sequence[Part], dtype: torch.dtype | None = N
         A tensor of its own memory, of the base weight's shape.
     """
     composed = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-    for adapter, slot, scale in parts:
-        slot.select(composed).add_(adapter.delta(slot.select(weight)), alpha=scale)
+    with torch.autocast(weight.device.type, enabled=False):
+        for adapter, slot, scale in parts:
+            slot.select(composed).add_(adapter.delta(slot.select(weight)), alpha=scale)
     return composed.to(dtype or weight.dtype)
 
 
@@ -128,31 +130,38 @@ class _ComposedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *_ = ctx.saved_tensors
+        x, weight, *saved = ctx.saved_tensors
         need_x, need_weight, need_bias, _, *need_factors = ctx.needs_input_grad
-        flat_grad, flat_x = grad_y.flatten(0, -2), x.flatten(0, -2)
+        flat_grad, flat_x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
         wide = torch.promote_types(weight.dtype, torch.float32)
         composed = weight.to(wide, copy=True) if need_x else None
         grad_factors: list[Tensor | None] = []
-        remaining = iter(need_factors)
+        factors, needs = iter(saved), iter(need_factors)
         for adapter, slot, scale in ctx.parts:
-            factors = list(adapter.parameters())
-            needed = [f for f in factors if next(remaining)]
-            with torch.enable_grad():
-                delta = adapter.delta(slot.select(weight).detach())
+            own = {name: next(factors).detach() for name, _ in adapter.named_parameters()}
+            needed = [factor.requires_grad_() for factor in own.values() if next(needs)]
+            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+                delta = _delta_of(adapter, own, slot.select(weight).detach())
             if composed is not None:
                 slot.select(composed).add_(delta.detach(), alpha=scale)
             columns = flat_grad if slot.rows is None else flat_grad[:, slice(*slot.rows)]
-            grad_delta = (columns.T @ flat_x).to(delta.dtype)
-            grads = iter(
-                torch.autograd.grad(delta, needed, grad_delta.mul_(scale)) if needed else ()
-            )
-            needed_ids = {id(f) for f in needed}
-            grad_factors += [next(grads) if id(f) in needed_ids else None for f in factors]
+            grad_delta = (columns.T @ flat_x).to(delta.dtype).mul_(scale)
+            grads = iter(torch.autograd.grad(delta, needed, grad_delta) if needed else ())
+            grad_factors += [next(grads) if f.requires_grad else None for f in own.values()]
         grad_x = None if composed is None else grad_y @ composed.to(grad_y.dtype)
         grad_weight = flat_grad.T @ flat_x if need_weight else None
         grad_bias = flat_grad.sum(0) if need_bias else None
         return grad_x, grad_weight, grad_bias, None, *grad_factors
+
+
+def _delta_of(adapter: Adapter, factors: dict[str, Tensor], weight: Tensor) -> Tensor:
+    """The adapter's change with other factors in place of its own, which may have moved on."""
+    own = dict(adapter._parameters)
+    try:
+        adapter._parameters.update(factors)  # type: ignore[arg-type]
+        return adapter.delta(weight)
+    finally:
+        adapter._parameters.update(own)
 
 
 class AdapterHost(nn.Module):
@@ -168,6 +177,8 @@ class AdapterHost(nn.Module):
         active: names of the adapters at work.
         composed_once: weights that the batches of one optimizer step share.
         base_class: to go back to.
+        is_merged: the changes are in the weights for now.
+        hook: does nothing but keep torch's fused encoder layer from bypassing this module.
     """
 
     adapters: nn.ModuleDict
@@ -176,6 +187,8 @@ class AdapterHost(nn.Module):
     active: tuple[str, ...]
     composed_once: dict[str, Tensor]
     base_class: type[nn.Module]
+    is_merged: bool
+    hook: RemovableHandle
 
     def parts(self, parameter: str) -> list[Part]:
         """The adapters at work on ``parameter``, by its name in this module."""

@@ -45,6 +45,9 @@ def project(delta: Tensor, method: str, **options: Any) -> Adapter:
         raise VlkrError(f"a {tuple(delta.shape)} change cannot be projected: no finite matrix")
     check_options(method, options)
     adapter = adapter_class(method)(delta.shape[1], delta.shape[0], **options)
+    factor = getattr(adapter, "scaling", getattr(adapter, "scale", 1.0))
+    if factor == 0:
+        raise VlkrError(f"{method!r} with {options} is always zero, nothing to project onto")
     if isinstance(adapter, KRAdapter) and adapter.num_factors == 2:
         # In the balanced rule the zero factor is the slow one in a row.
         swap = adapter.rule == "balanced"

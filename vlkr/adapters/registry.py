@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Any
 
-from vlkr.adapters.base import Adapter, option_names
+from vlkr.adapters.base import Adapter, option_defaults
 from vlkr.adapters.dora import DoRA
 from vlkr.adapters.full import BitFit, Full
 from vlkr.adapters.kradapter import KRAdapter
@@ -48,10 +49,23 @@ def registered_name(adapter: Adapter) -> str:
 
 
 def check_options(method: str, options: dict[str, Any]) -> None:
-    """Raises :class:`VlkrError` if an option is none of the method's."""
-    known = option_names(adapter_class(method))
-    for name in options:
+    """Raises :class:`VlkrError` if an option is none of the method's, or of another type."""
+    known = option_defaults(adapter_class(method))
+    for name, value in options.items():
         if name not in known:
+            listed = ", ".join(known) or "none"
+            raise VlkrError(f"adapter {method!r} has no option {name!r}; known: {listed}")
+        if not _is_like(value, known[name]):
             raise VlkrError(
-                f"adapter {method!r} has no option {name!r}; known: {', '.join(known) or 'none'}"
+                f"option {name} of adapter {method!r} is {value!r}, expected a value like "
+                f"{1.0 if known[name] is None else known[name]!r}"
             )
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    if default is None:
+        return value is None or _is_like(value, 1.0)
+    if isinstance(default, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    return type(value) is type(default)

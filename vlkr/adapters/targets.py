@@ -24,8 +24,11 @@ TOWERS = ("visual", "text", "decoder")
 
 _LINEAR_NAMES = {
     "q_proj": "q",
+    "query": "q",
     "k_proj": "k",
+    "key": "k",
     "v_proj": "v",
+    "value": "v",
     "o_proj": "out",
     "out_proj": "out",
     "attn.proj": "out",
@@ -72,6 +75,12 @@ class Target:
         """The name that patterns are matched against: ``...attn.q``, ``...mlp.c_fc``."""
         own_name = self.slot.parameter == "weight" and self.slot.rows is None
         return self.module if own_name else f"{self.module}.{self.name}".lstrip(".")
+
+    @property
+    def slot_name(self) -> str:
+        """The adapter's name in its host: of the slice, or of the parameter."""
+        whole = self.slot.parameter in ("weight", "bias") and self.slot.rows is None
+        return self.slot.parameter if whole else self.name
 
     @property
     def tower(self) -> str | None:
@@ -162,9 +171,10 @@ def find_targets(
     within = [t for t in everything if t.tower is None or t.tower in towers]
     if blocks is not None:
         within = _in_blocks(within, blocks)
+    has_blocks = any(t.block is not None and t.name in SHORT_NAMES for t in everything)
     found: dict[Target, None] = {}
     for pattern in targets:
-        matched = [t for t in within if _matches(t, pattern)]
+        matched = [t for t in within if _matches(t, pattern, in_block=has_blocks)]
         if not matched and not (tuple(targets) == DEFAULT_TARGETS and pattern in SHORT_NAMES):
             raise VlkrError(_nothing_matched(pattern, within, everything))
         found.update(dict.fromkeys(matched))
@@ -192,12 +202,12 @@ def bias_targets(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
     return found
 
 
-def _matches(target: Target, pattern: str) -> bool:
+def _matches(target: Target, pattern: str, *, in_block: bool) -> bool:
     if pattern in SHORT_NAMES:
-        return target.name == pattern and target.block is not None
+        return target.name == pattern and (target.block is not None or not in_block)
     names = [target.path]
     if target.slot.rows is None:
-        names.append(f"{target.module}.{target.slot.parameter}")
+        names.append(f"{target.module}.{target.slot.parameter}".lstrip("."))
         names.append(names[-1].removesuffix(".weight"))
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 

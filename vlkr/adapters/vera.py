@@ -64,5 +64,6 @@ class VeRA(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """The low-rank path, ``(..., in_features)`` to ``(..., out_features)``."""
-        hidden = F.linear(x, self.A.to(x.dtype)) * self.vera_d.to(x.dtype)
-        return F.linear(hidden, self.B.to(x.dtype)) * self.vera_b.to(x.dtype)
+        hidden = F.linear(x, self.A.to(x.dtype))
+        y = F.linear(hidden * self.vera_d.to(hidden.dtype), self.B.to(hidden.dtype))
+        return y * self.vera_b.to(y.dtype)

@@ -20,6 +20,7 @@ from vlkr.adapters.lora import LoRA
 from vlkr.adapters.randlora import RandLoRA
 from vlkr.adapters.sinlora import SinLoRA
 from vlkr.approximation.methods import Method, kaiming
+from vlkr.errors import VlkrError
 
 AUTHORS_METHODS = ("LoRA", "SinLoRA", "KRAdapter", "RandLoRA", "Kronecker")
 AUTHORS_TARGETS = (
@@ -64,13 +65,23 @@ class AuthorsKronecker(Adapter):
     Args:
         in_features: columns.
         out_features: rows.
-        size: of the right factor, one more on a side that it does not divide.
+        size: of the left factor, one more on a side that it does not divide.
+
+    Raises:
+        VlkrError: if the product does not cover a matrix of this size.
     """
 
     def __init__(self, in_features: int, out_features: int, *, size: int = 11) -> None:
         super().__init__(in_features, out_features)
         self.size = size
         rows, columns = (size + (n % size > 0) for n in (out_features, in_features))
+        if rows * (out_features // size) < out_features or columns * (in_features // size) < (
+            in_features
+        ):
+            raise VlkrError(
+                f"the authors' Kronecker product of size {size} does not cover a matrix "
+                f"{out_features}x{in_features}; sides of {size * (size - 1)} and more are covered"
+            )
         self.left = nn.Parameter(torch.empty(rows, columns))
         self.right = nn.Parameter(torch.zeros(out_features // size, in_features // size))
         kaiming(self.left.data)

@@ -59,9 +59,9 @@ def approximate(
         targets: ``gaussian``, ``sparse``, ``whitened``, ``low-rank``, ``high-frequency``,
             ``low-frequency`` (these six by default), ``high-frequency-aliased``,
             ``power-law:EXPONENT``.
-        methods: ``lora``, ``sinlora``, ``kradapter``, ``kradapter:rule=balanced``, ``randlora``,
+        methods: ``lora``, ``sinlora``, ``kradapter``, ``kradapter:balanced``, ``randlora``,
             ``krona``, ``vera``, ``full`` (these by default), any with options such as
-            ``lora:rank=8``.
+            ``kradapter:num_terms=2`` or ``lora:rank=8``.
         weights: a safetensors file or a model whose weights are targets too; alone, the only ones.
         pretrained: open_clip's tag of that model.
         tensor: the weight's name; by default the last text and visual ``in_proj_weight``.

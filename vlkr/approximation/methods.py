@@ -25,7 +25,7 @@ DEFAULT_METHODS = (
     "lora",
     "sinlora",
     "kradapter",
-    "kradapter:rule=balanced",
+    "kradapter:balanced",
     "randlora",
     "krona",
     "vera",
@@ -34,6 +34,7 @@ DEFAULT_METHODS = (
 #: a method whose nearest size is further than this from the budget keeps its own size.
 TOLERANCE = 0.1
 #: matrices of unit mean square ask for a plain product, where layers have their own scale.
+_SHORT: dict[str, dict[str, Any]] = {"balanced": {"rule": "balanced"}}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "kradapter": {"scale": 1.0},
     "sinlora": {"frequency": 20.0, "gain": 1.0},
@@ -45,7 +46,7 @@ class Method:
     """An adapter and its options for a matrix of one shape.
 
     Attributes:
-        name: as it is given, ``lora`` or ``kradapter:rule=balanced``.
+        name: as it is given, ``lora`` or ``kradapter:balanced``.
         parameters: trainable ones.
         make: an adapter for this seed.
         options: of the adapter, for the reader.
@@ -66,7 +67,7 @@ def sized_method(name: str, in_features: int, out_features: int, num_terms: int 
     """A method with the size that is nearest to the budget.
 
     Args:
-        name: ``lora``, or with options ``kradapter:rule=balanced,num_terms=2``. A size among the
+        name: ``lora``, or with options ``kradapter:balanced,num_terms=2``. A size among the
             options is kept.
         in_features: columns of the matrix.
         out_features: rows.
@@ -102,8 +103,11 @@ def sized_method(name: str, in_features: int, out_features: int, num_terms: int 
 
 def _parse(name: str) -> tuple[str, dict[str, Any]]:
     kind, _, text = name.partition(":")
-    options = {}
+    options: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
+        if item in _SHORT:
+            options |= _SHORT[item]
+            continue
         key, equals, value = item.partition("=")
         if not equals:
             raise VlkrError(f"{item!r} in method {name!r} is no option, expected name=value")

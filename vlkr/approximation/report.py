@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,33 +132,45 @@ class Approximation:
     def caption(self) -> str:
         """The context in one line."""
         context = {k: v for k, v in self.context.items() if v is not None and k != "budgets"}
-        budgets = " ".join(f"{b:,}" for b in dict.fromkeys(self.context["budgets"].values()))
-        return ", ".join(f"{k} {v}" for k, v in {**context, "budget": budgets}.items())
+        context["budget"] = _numbers(self.context["budgets"].values())
+        found: dict[str, list[int]] = {}
+        for row in self.rows:
+            found.setdefault(row.method, []).append(row.parameters)
+        sizes = ", ".join(f"{method} {_numbers(sizes)}" for method, sizes in found.items())
+        return ", ".join(f"{k} {v}" for k, v in context.items()) + f"; parameters: {sizes}"
 
     def overview(self, measure: str, digits: int) -> list[list[str]]:
         """One measure's means: a row a method, a column a target. ``optimum`` is a measure too."""
-        rows = [["method", "parameters", *self.targets]]
+        rows = [["method", *map(_short, self.targets)]]
         if measure == "effective_rank":
             own = (statistics.mean(m[measure] for m in ms) for ms in self.targets.values())
-            rows.append(["(the target)", "", *(f"{value:.{digits}f}" for value in own)])
+            rows.append(["(the target)", *(f"{value:.{digits}f}" for value in own)])
         for method in dict.fromkeys(row.method for row in self.rows):
             found = [self.row(target, method) for target in self.targets]
             values = [r.optima if measure == "optimum" else r.values(measure) for r in found]
             if any(values):
-                sizes = " ".join(dict.fromkeys(f"{r.parameters:,}" for r in found))
                 means = (f"{statistics.mean(v):.{digits}f}" if v else "" for v in values)
-                rows.append([method, sizes, *means])
+                rows.append([method, *means])
         return rows
 
     def show(self, console: Console) -> None:
         """Prints the main measures and what their numbers depend on."""
         for measure, (title, digits) in OVERVIEW.items():
             rows = self.overview(measure, digits)
-            if any(cell for row in rows[1:] for cell in row[2:]):
+            if any(cell for row in rows[1:] for cell in row[1:]):
                 console.print(rich_table(rows, title))
         console.print(self.caption(), style="dim", highlight=False, markup=False)
         if self.output is not None:
             console.print(f"Report and pictures: {self.output}", highlight=False, markup=False)
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return " ".join(f"{value:,}" for value in dict.fromkeys(values))
+
+
+def _short(target: str) -> str:
+    """A target's name on two lines, so that a table of six fits into 80 columns."""
+    return target.rsplit(".", 1)[-1].replace("frequency", "freq").replace("-", "\n")
 
 
 def spread(values: list[float], digits: int) -> str:

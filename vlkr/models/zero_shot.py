@@ -49,4 +49,5 @@ def class_embeddings(model: nn.Module, prompts: Tensor, chunk: int | None = None
 
 def _mean_features(model: nn.Module, prompts: Tensor) -> Tensor:
     texts, index = prompts.flatten(0, 1).unique(dim=0, return_inverse=True)  # each text once
-    return encode_text(model, texts)[index].unflatten(0, prompts.shape[:2]).mean(1)
+    mean: Tensor = encode_text(model, texts)[index].unflatten(0, prompts.shape[:2]).mean(1)
+    return mean

@@ -45,7 +45,7 @@ class AdapterOptions:
     """The adapter of a run.
 
     Args:
-        name: of the method, ``kradapter`` or ``lora``.
+        name: of the method: ``kradapter``, ``lora``, ``dora``, ...; an unknown one lists all.
         targets: short names (``q k v qkv out fc1 fc2``) or shell patterns of module names.
         towers: ``visual``, ``text`` or both.
         blocks: indices of transformer blocks, negative from the end; none takes all.
