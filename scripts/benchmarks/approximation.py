@@ -84,8 +84,8 @@ def main() -> None:
     options = parser.parse_args()
     lists = {"published loop, 5 methods": None, "vlkr, the same 5": SAME}
     lists["vlkr, the whole table"] = list(DEFAULT_METHODS)
-    wall, processor = ({name: 0.0 for name in lists} for _ in range(2))
-    published_loop(torch.randn(64, 110), 2)
+    wall, processor = (dict.fromkeys(lists, 0.0) for _ in range(2))
+    published_loop(torch.randn(144, 110), 2)
     for target in options.targets:
         matrix = authors_target(target_maker(target)(1024, 768, torch.Generator().manual_seed(1)))
         for name, methods in lists.items():

@@ -77,7 +77,7 @@ def test_scale_reaches_the_gradient(two_linears):
     set_adapter_scale(model, 0.5)
     x = torch.randn(5, 12)
     found = torch.autograd.grad(model(x).sum(), adapter_parameters(model))
-    adapters = [model[i].adapters["default"][str(i)] for i in (0, 2)]
+    adapters = [model[i].adapters["default"]["weight"] for i in (0, 2)]
     hidden = torch.relu(x @ (base[0].weight + 0.5 * adapters[0].delta()).T + base[0].bias)
     y = hidden @ (base[2].weight + 0.5 * adapters[1].delta()).T + base[2].bias
     expected = torch.autograd.grad(y.sum(), adapter_parameters(model))
@@ -216,7 +216,7 @@ def test_the_last_added_adapter_is_alone_at_work(two_adapters):
     x = torch.randn(5, 12)
     torch.testing.assert_close(model(x), alone["other"](x))
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trainable == ["0.adapters.other.0.lora_A", "0.adapters.other.0.lora_B"]
+    assert trainable == ["0.adapters.other.weight.lora_A", "0.adapters.other.weight.lora_B"]
     assert len(adapter_parameters(model)) == 2
 
 
@@ -237,8 +237,8 @@ def test_removing_one_adapter_leaves_the_other(two_adapters, tmp_path):
     torch.testing.assert_close(model(x), alone["other"](x))
     assert type(model[2]) is nn.Linear
     assert [n for n in model.state_dict() if ".adapters." in n] == [
-        "0.adapters.other.0.lora_A",
-        "0.adapters.other.0.lora_B",
+        "0.adapters.other.weight.lora_A",
+        "0.adapters.other.weight.lora_B",
     ]
     with pytest.raises(VlkrError, match="'default'"):
         remove_adapters(model, "default")
@@ -253,7 +253,7 @@ def test_removing_one_adapter_leaves_the_other(two_adapters, tmp_path):
 def test_state_dict_names_and_detaches_the_factors(two_linears):
     model, _, _ = two_linears("lora")
     state = adapter_state_dict(model)
-    assert list(state) == [f"{i}.{i}.{name}" for i in (0, 2) for name in ("lora_A", "lora_B")]
+    assert list(state) == [f"{i}.weight.{name}" for i in (0, 2) for name in ("lora_A", "lora_B")]
     assert not any(tensor.requires_grad for tensor in state.values())
 
 

@@ -6,11 +6,21 @@ import timm
 import torch
 from torch import nn
 from torchvision.models import VisionTransformer
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+)
 
 from vlkr.adapters import adapter_parameters, add_adapters, merge_adapters
 
 SMALL = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 2, "num_heads": 2}
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SHORT_NAMES = ("q", "k", "v", "out", "fc1", "fc2")
 
 
@@ -34,12 +44,69 @@ def transformers_vit():
     return CLIPVisionModel(config)
 
 
+def transformers_clip():
+    sizes = {**SIZES, "num_attention_heads": 2}
+    text = {"vocab_size": 99, "max_position_embeddings": 16, "eos_token_id": 98, **sizes}
+    vision = {"image_size": 28, "patch_size": 14, **sizes}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+
+
+def transformers_siglip():
+    sizes = {**SIZES, "num_attention_heads": 2}
+    text = {"vocab_size": 99, "max_position_embeddings": 16, **sizes}
+    vision = {"image_size": 28, "patch_size": 14, **sizes}
+    return SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+
+
+def llama():
+    config = LlamaConfig(vocab_size=99, num_attention_heads=2, num_key_value_heads=1, **SIZES)
+    return LlamaForCausalLM(config)
+
+
+def coca():
+    config = open_clip.get_model_config("coca_ViT-B-32")
+    config.pop("custom_text")
+    config["embed_dim"] = 32
+    config["vision_cfg"] |= {"layers": 2, "width": 32, "head_width": 16, "image_size": 28}
+    config["vision_cfg"] |= {"patch_size": 14, "attn_pooler_heads": 2}
+    config["text_cfg"] |= {"layers": 2, "width": 32, "heads": 2}
+    config["multimodal_cfg"] |= {"layers": 2, "width": 32, "heads": 2}
+    model = open_clip.CoCa(**config)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.1)
+    return model
+
+
+def swiglu():
+    return timm.create_model("eva02_tiny_patch14_224", num_classes=3, **SMALL)
+
+
+def features(model, images):
+    """Everything that a model of images, texts or both gives, flat."""
+    tokens = torch.arange(3, 11).expand(2, -1)
+    if isinstance(model, LlamaForCausalLM):
+        return model(input_ids=tokens).logits.flatten()
+    if isinstance(model, open_clip.CoCa):
+        output = model(images, open_clip.tokenize(["a cat", "a dog"], context_length=76))
+        return torch.cat([output[k].flatten() for k in ("image_features", "logits")])
+    if isinstance(model, CLIPModel | SiglipModel):
+        output = model(input_ids=tokens, pixel_values=images)
+        return torch.cat([output.image_embeds.flatten(), output.text_embeds.flatten()])
+    return image_output(model, images).flatten()
+
+
 MODELS = {
     "timm ViT": (timm_vit("vit_tiny_patch16_224"), SHORT_NAMES),
     "timm BEiT": (timm_vit("beit_base_patch16_224"), SHORT_NAMES),
     "timm EVA": (timm_vit("eva_giant_patch14_224"), SHORT_NAMES),
     "torchvision ViT": (torchvision_vit, ("*.self_attention.[qkv]", "*.out_proj", "*.mlp.*")),
     "transformers ViT": (transformers_vit, SHORT_NAMES),
+    "transformers CLIP": (transformers_clip, SHORT_NAMES),
+    "transformers SigLIP": (transformers_siglip, SHORT_NAMES),
+    "transformers Llama": (llama, SHORT_NAMES),
+    "open_clip CoCa": (coca, SHORT_NAMES),
+    "timm SigLIP": (timm_vit("vit_base_patch16_siglip_224"), SHORT_NAMES),
+    "timm EVA-02 with SwiGLU": (swiglu, SHORT_NAMES),
 }
 
 
@@ -57,13 +124,13 @@ def test_every_adapter_acts_in_the_whole_model(build, targets, training, adapt, 
             nn.init.normal_(module.weight, std=0.1)  # some heads start at zero
     model, base, _ = adapt(model, "kradapter", targets=targets)
     images = torch.randn(2, 3, 28, 28)
-    y, expected = image_output(model, images), image_output(plain(model, base), images)
+    y, expected = features(model, images), features(plain(model, base), images)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-    assert (y - image_output(base, images)).abs().max() > 1e-3
+    assert (y - features(base, images)).abs().max() > 1e-3
     y.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in adapter_parameters(model))
     with torch.no_grad():
-        torch.testing.assert_close(image_output(model, images), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(features(model, images), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("targets", [SHORT_NAMES, ("qkv", "out", "fc1", "fc2")])
