@@ -36,6 +36,9 @@ COMMANDS = {
     "export": Command(
         "vlkr.export.open_clip:export", "write a run's merged model as a plain open_clip folder"
     ),
+    "project": Command(
+        "vlkr.training.project:project", "turn a full fine-tune into the nearest adapter"
+    ),
     "approximate": Command(
         "vlkr.approximation.benchmark:approximate",
         "which method follows which spectrum: matrices, trained and in closed form",
