@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -270,3 +271,28 @@ def test_decompose_of_zero_has_no_directions():
     found = decompose(torch.zeros(4, 6), leading=3)
     assert found.sigma.tolist() == [0] * 4
     assert (found.left.shape, found.right.shape) == ((4, 0), (6, 0))
+
+
+@pytest.mark.parametrize(("long", "k1"), [(11, 3), (13, 4)])
+@pytest.mark.parametrize("num_terms", [1, 2])
+def test_project_kradapter_with_truncated_columns_is_near_the_best_of_many_searches(
+    long, k1, num_terms
+):
+    k2 = -(-long // k1)
+    matrix = torch.randn(4, long, dtype=torch.float64)
+    best = []
+    for row in matrix.numpy():
+
+        def missed(x, row=row):
+            v, u = x[: k2 * num_terms].reshape(k2, num_terms), x[k2 * num_terms :]
+            difference = (v @ u.reshape(num_terms, k1)).reshape(-1)[:long] - row
+            return difference @ difference
+
+        starts = np.random.default_rng(0).normal(size=(8, (k1 + k2) * num_terms))
+        best.append(
+            min(scipy.optimize.minimize(missed, x, options={"maxiter": 60}).fun for x in starts)
+        )
+    u, v = project_kradapter(matrix, k1, num_terms=num_terms, refine=100)
+    error = norm(khatri_rao_sum(u, v, (4, long)) - matrix)
+    assert error <= 1.01 * norm(np.sqrt(best))
+    torch.testing.assert_close(u.norm(dim=2), v.norm(dim=2))

@@ -12,7 +12,7 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
-from timing import interleave, median_ratio, write_report
+from timing import interleave, median_ratio, peak_memory, write_report
 from torch import Tensor, nn
 
 import vlkr
@@ -229,9 +229,11 @@ def bench_steps(rounds: int, device: str, batch: int) -> tuple[list[list[str]], 
     rows = [["step", "trainable ms", *(f"{k} x" for k in kinds)]]
     figures: dict[str, object] = {}
     image_models = {kind: make_clip(kind, ("visual",)).to(device) for kind in kinds}
-    seconds = interleave({k: image_step(m, images) for k, m in image_models.items()}, rounds, 1)
+    image_steps = {kind: image_step(model, images) for kind, model in image_models.items()}
+    seconds = interleave(image_steps, rounds, 1)
     figures["image_step_vs_trainable"] = _step_row(rows, "image tower", seconds, kinds)
-    del image_models
+    figures["image_step_peak_mib"] = _memory_row(rows, "image tower", image_steps, kinds)
+    del image_models, image_steps
     models = {kind: make_clip(kind, ("visual", "text")).to(device) for kind in kinds}
     steps = {
         kind: few_shot_step(model, images, labels, prompts, whole_text=False)
@@ -239,6 +241,7 @@ def bench_steps(rounds: int, device: str, batch: int) -> tuple[list[list[str]], 
     }
     seconds = interleave(steps, rounds, 1)
     figures["both_towers_step_vs_trainable"] = _step_row(rows, "both towers", seconds, kinds)
+    figures["both_towers_peak_mib"] = _memory_row(rows, "both towers", steps, kinds)
     del models, steps
     attention = {"targets": ("q", "k", "v", "out"), "rank": 2}
     ours = make_clip("frozen", ())
@@ -271,6 +274,15 @@ def _step_row(
     base = 1000 * statistics.median(seconds["trainable"])
     rows.append([name, f"{base:.0f}", *(f"{ratios[k]:.2f}" for k in kinds)])
     return ratios
+
+
+def _memory_row(
+    rows: list[list[str]], name: str, steps: dict[str, Callable[[], object]], kinds: list[str]
+) -> dict[str, float]:
+    peaks = peak_memory(steps)
+    if peaks:
+        rows.append([f"{name}, peak MiB", "", *(f"{peaks[k]:.0f}" for k in kinds)])
+    return peaks
 
 
 def bench_attention(rounds: int, device: str) -> tuple[list[list[str]], dict[str, object]]:

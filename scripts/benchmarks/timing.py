@@ -34,6 +34,21 @@ def interleave(
     return seconds
 
 
+def peak_memory(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """MiB that each candidate allocates at its peak beyond what lay there; empty without CUDA."""
+    if not torch.cuda.is_available():
+        return {}
+    peaks: dict[str, float] = {}
+    for name, run in candidates.items():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return peaks
+
+
 def median_ratio(seconds: dict[str, list[float]], name: str, to: str) -> float:
     """Median over rounds of the ratio of two candidates in the same round."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))

@@ -77,3 +77,21 @@ def test_accumulated_batches_train_as_one_composition_or_many(small, colors, tmp
     moved = max(t.abs().max() for key, t in once.items() if key.endswith(".u"))
     assert moved > 1e-4
     torch.testing.assert_close(once, many, rtol=1e-2, atol=2e-4)
+
+
+def test_a_frozen_tower_and_blocks_below_the_first_adapter_keep_no_graph(small):
+    bundle = load_clip(small)
+    vlkr.add_adapters(bundle.model, "kradapter", towers=("visual",), blocks=[-1])
+    blocks = bundle.model.visual.transformer.resblocks
+    graph = []
+    for block in blocks:
+        block.register_forward_hook(lambda m, x, y: graph.append(y.requires_grad))
+    size = bundle.model.visual.image_size
+    images = torch.randn(2, 3, *(size if isinstance(size, tuple) else (size, size)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        text = bundle.model.encode_text(bundle.tokenizer(["a"]))
+        assert not text.requires_grad
+        assert not kept
+        assert bundle.model.encode_image(images).requires_grad
+    assert graph == [False] * (len(blocks) - 1) + [True]
