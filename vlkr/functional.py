@@ -210,15 +210,15 @@ def project_kradapter(
     Each row of the short side, reshaped to ``(k2, k1)``, is a sum of ``num_terms`` outer products
     of its own, so its truncated SVD is the optimum: a KRAdapter (arXiv 2508.00230) in closed form.
     This is exact if ``k1`` divides the long side. Otherwise the last row of each reshaped matrix
-    has entries that are truncated away, hence free. The SVD then starts with zeros there and
-    fills in its own values and is taken again, up to ``refine`` times, which never raises the
-    error; the error found is an upper bound on the optimum's.
+    has entries that are truncated away, hence free. Then alternating least squares over the other
+    entries goes on from the SVD with zeros there and from its next singular vectors, and the best
+    for each row is kept; the error found is an upper bound on the optimum's.
 
     Args:
         matrix: ``(out_features, in_features)`` with sides ``m <= M``.
         k1: columns of ``u``; ``k2 = ceil(M / k1)``.
         num_terms: products in the sum.
-        refine: most repetitions where entries are free; they end when the error stands still.
+        refine: sweeps of least squares where entries are free; 0 keeps the SVD with zeros.
 
     Returns:
         ``u (num_terms, m, k1)`` and ``v (num_terms, m, k2)`` of equal norms, such that
@@ -243,16 +243,11 @@ def project_kradapter(
     k2 = math.ceil(long / k1)
     padded = rows.new_zeros(short, k1 * k2)
     padded[:, :long] = rows
-    left, right = _best_low_rank(padded.view(short, k2, k1), num_terms)
-    if k1 * k2 > long:
-        error = torch.linalg.vector_norm(rows).item() + 1
-        for _ in range(refine):
-            composed = (left @ right).flatten(1)
-            before, error = error, torch.linalg.vector_norm(composed[:, :long] - rows).item()
-            if error > (1 - 1e-5) * before:
-                break
-            padded[:, long:] = composed[:, long:]
-            left, right = _best_low_rank(padded.view(short, k2, k1), num_terms)
+    grid = padded.view(short, k2, k1)
+    if k1 * k2 == long or refine == 0:
+        left, right = _best_low_rank(grid, num_terms)
+    else:
+        left, right = _low_rank_with_free_end(grid, num_terms, k1 * k2 - long, refine)
     return right.transpose(0, 1).contiguous(), left.permute(2, 0, 1).contiguous()
 
 
@@ -302,6 +297,70 @@ def _best_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     missing = max(0, rank - sigma.shape[-1])
     left = torch.nn.functional.pad(left[..., :rank], (0, missing))
     return left, torch.nn.functional.pad(right[..., :rank, :], (0, 0, 0, missing))
+
+
+def _low_rank_with_free_end(
+    matrix: Tensor, rank: int, free: int, sweeps: int
+) -> tuple[Tensor, Tensor]:
+    """Low-rank approximation that may have anything in the last ``free`` entries, which are 0.
+
+    Args:
+        matrix: ``(batch, m, n)``.
+        rank: of the approximation.
+        free: entries at the end of the last row, fewer than ``n``.
+        sweeps: of alternating least squares from each start.
+
+    Returns:
+        ``(batch, m, rank)`` and ``(batch, rank, n)``, whose error is at most that of the SVD.
+    """
+    seen = matrix.shape[2] - free
+
+    def error(left: Tensor, right: Tensor) -> Tensor:
+        difference = left @ right - matrix
+        difference[:, -1, seen:] = 0
+        return difference.square().sum((1, 2))
+
+    def sweep(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        crossed, last = matrix @ right.mT, right[..., :seen]
+        rows = _solve(right @ right.mT, crossed[:, :-1].mT)
+        left = torch.cat([rows, _solve(last @ last.mT, crossed[:, -1:].mT)], 2).mT
+        crossed, gram = left.mT @ matrix, left.mT @ left
+        columns = _solve(gram - left[:, -1:].mT @ left[:, -1:], crossed[..., seen:])
+        return left, torch.cat([_solve(gram, crossed[..., :seen]), columns], 2)
+
+    # The last of the leading singular vectors is replaced by one after the other behind it; the
+    # best of these starts is swept on.
+    lefts, rights = _best_low_rank(matrix, rank + 3)
+    best_left, best_right = lefts[..., :rank], rights[:, :rank]
+    best = error(best_left, best_right)
+    for last in (rank - 1, rank, rank + 1, rank + 2, None):
+        left, right = best_left, best_right
+        if last is not None:
+            chosen = [*range(rank - 1), last]
+            left, right = lefts[..., chosen], rights[:, chosen]
+        for _ in range(sweeps):
+            left, right = sweep(left, right)
+        found = error(left, right)
+        better = (found < best)[:, None, None]
+        best_left = torch.where(better, left, best_left)
+        best_right = torch.where(better, right, best_right)
+        best = torch.minimum(found, best)
+    # Equal norms of each term, as the SVD has them.
+    sizes = best_left.norm(dim=1), best_right.norm(dim=2)
+    root = (sizes[0] * sizes[1]).sqrt()
+    left_scale, right_scale = (root / torch.where(size > 0, size, 1) for size in sizes)
+    return best_left * left_scale.unsqueeze(1), best_right * right_scale.unsqueeze(2)
+
+
+def _solve(gram: Tensor, values: Tensor) -> Tensor:
+    """Solves small symmetric systems, a singular one for a solution of moderate size."""
+    size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    ridge = torch.finfo(gram.dtype).eps * size + torch.finfo(gram.dtype).tiny
+    if gram.shape[-1] == 1:
+        return values / (gram + ridge)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    solution: Tensor = torch.linalg.solve_ex(gram + ridge * eye, values)[0]
+    return solution
 
 
 def _at_least_fp32(matrix: Tensor) -> Tensor:

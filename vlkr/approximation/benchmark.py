@@ -22,7 +22,7 @@ from vlkr.approximation.authors import (
     authors_target,
 )
 from vlkr.approximation.fit import Recipe, fit
-from vlkr.approximation.measures import LEADING, approximation_measures, target_measures
+from vlkr.approximation.measures import LEADING, approximation_measures, frobenius, target_measures
 from vlkr.approximation.methods import DEFAULT_METHODS, Method, budget, optimum, sized_method
 from vlkr.approximation.report import Approximation, Row, write_report
 from vlkr.approximation.targets import DEFAULT_TARGETS, target_maker, weight_targets
@@ -91,63 +91,61 @@ def approximate(
         raise VlkrError("the authors' protocol has its own methods; leave --methods out")
     if targets is None:
         targets = [] if weights else list(AUTHORS_TARGETS if authors else DEFAULT_TARGETS)
-    drawn = {n: _synthetic(n, out_features, in_features, seeds) for n in targets}
+    known = {n: _synthetic(n, out_features, in_features, seeds) for n in targets}
     if weights is not None:
         for name, weight in weight_targets(weights, pretrained, tensor).items():
             scaled = weight[:out_features, :in_features] if authors else _unit_scale(name, weight)
-            drawn[name] = [scaled] * seeds
+            known[name] = [scaled] * seeds
     if authors:
-        drawn = {name: [authors_target(t) for t in ts] for name, ts in drawn.items()}
+        known = {name: [authors_target(t) for t in ts] for name, ts in known.items()}
+    shapes = {name: (ts[0].shape[1], ts[0].shape[0]) for name, ts in known.items()}
     names = methods or list(AUTHORS_METHODS if authors else DEFAULT_METHODS)
-    sized: dict[tuple[str, torch.Size], tuple[Method, list[Adapter]]] = {}
-    for matrices in drawn.values():
-        shape = matrices[0].shape
-        for name in names:
-            if (name, shape) not in sized:
-                method = (
-                    authors_method(name, shape[1], shape[0])
-                    if authors
-                    else sized_method(name, shape[1], shape[0], num_terms)
-                )
-                sized[name, shape] = method, [method.make(seed) for seed in range(1, seeds + 1)]
+    # An adapter's factors are drawn once for all targets of a shape; training leaves them alone.
+    sized = {
+        (name, *shape): authors_method(name, *shape)
+        if authors
+        else sized_method(name, *shape, num_terms)
+        for shape in dict.fromkeys(shapes.values())
+        for name in names
+    }
+    adapters = {key: [m.make(seed) for seed in range(1, seeds + 1)] for key, m in sized.items()}
     started = time.perf_counter()
-    recipe = Recipe(iterations, lr, weight_decay)
-    known = {name: [t.to(place) for t in ts] for name, ts in drawn.items()}
+    known = {name: [t.to(place) for t in ts] for name, ts in known.items()}
     decomposed: dict[str, list[Decomposition]] = {}
     rows: dict[tuple[str, str], Row] = {}
+    recipe = Recipe(iterations, lr, weight_decay)
 
     def decompose_target(name: str) -> None:
         decomposed[name] = [decompose(t, LEADING) for t in known[name]]
 
     def run(target: str, name: str) -> None:
-        method, adapters = sized[name, known[target][0].shape]
+        key = name, *shapes[target]
+        matrices, expected = known[target], decomposed[target]
         rows[target, name] = approximate_one(
-            target, method, adapters, known[target], decomposed[target], recipe
+            target, sized[key], adapters[key], matrices, expected, recipe
         )
 
     workers = torch.get_num_threads() if place.type == "cpu" else 1
     jobs = [(target, name) for target in known for name in names]
     _in_threads([(decompose_target, (name,)) for name in known], workers, "targets")
     _in_threads([(run, job) for job in jobs], workers, "approximating")
+    context = {
+        "protocol": protocol,
+        "seeds": seeds,
+        "iterations": iterations,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "budgets": {name: budget(*shape, num_terms) for name, shape in shapes.items()},
+        "weights": weights,
+        "device": place.type,
+        "threads": workers,
+        "seconds_per_seed": round((time.perf_counter() - started) / seeds, 1),
+    }
     result = Approximation(
         targets={name: [target_measures(d) for d in ds] for name, ds in decomposed.items()},
         spectra={name: ds[0].sigma.tolist() for name, ds in decomposed.items()},
         rows=[rows[job] for job in jobs],
-        context={
-            "protocol": protocol,
-            "seeds": seeds,
-            "iterations": iterations,
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "budgets": {
-                name: budget(ts[0].shape[1], ts[0].shape[0], num_terms)
-                for name, ts in known.items()
-            },
-            "weights": weights,
-            "device": place.type,
-            "threads": workers,
-            "seconds_per_seed": round((time.perf_counter() - started) / seeds, 1),
-        },
+        context=context,
         output=output,
     )
     if output is not None:
@@ -180,8 +178,7 @@ def approximate_one(
     for adapter, matrix in zip(adapters, matrices, strict=True):
         best = optimum(adapter, matrix)
         if best is not None:
-            norm = torch.linalg.vector_norm
-            optima.append(float(norm(best - matrix) / norm(matrix)))
+            optima.append(frobenius(best - matrix) / frobenius(matrix))
     trained: list[dict[str, float]] = []
     spectrum: list[float] | None = None
     if recipe.iterations > 0:

@@ -11,6 +11,11 @@ from vlkr.functional import Decomposition, spectrum_measures, subspace_overlap
 LEADING = 16
 
 
+def frobenius(matrix: Tensor) -> float:
+    """Frobenius norm, summed in fp64 so that close errors can be told apart."""
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+
+
 def target_measures(target: Decomposition) -> dict[str, float]:
     """Ranks and norms of a target."""
     return {name: float(value) for name, value in spectrum_measures(target.sigma).items()}
@@ -34,7 +39,7 @@ def approximation_measures(
         expected: decomposition of the target.
     """
     difference = approximation - target
-    norm = float(torch.linalg.vector_norm(difference))
+    norm = frobenius(difference)
     gram = (
         difference.T @ difference
         if difference.shape[0] > difference.shape[1]
@@ -48,7 +53,7 @@ def approximation_measures(
     return {
         "sigma_difference": float((found.sigma - expected.sigma).abs().mean()),
         "frobenius": norm,
-        "relative_frobenius": norm / float(torch.linalg.vector_norm(expected.sigma)),
+        "relative_frobenius": norm / frobenius(target),
         "spectral_error": spectral / float(expected.sigma[0]),
         "subspace_error": max(0.0, 1 - overlap / 2),
         **{name: float(value) for name, value in spectrum_measures(found.sigma).items()},

@@ -31,8 +31,8 @@ DEFAULT_METHODS = (
     "vera",
     "full",
 )
-#: a method whose nearest size is further than this from the budget keeps its own size.
-TOLERANCE = 0.1
+#: a method that comes no nearer to the budget than this keeps its own, smaller size.
+TOLERANCE = 0.5
 #: matrices of unit mean square ask for a plain product, where layers have their own scale.
 _SHORT: dict[str, dict[str, Any]] = {"balanced": {"rule": "balanced"}}
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -86,7 +86,8 @@ def sized_method(name: str, in_features: int, out_features: int, num_terms: int 
             matrix = nn.Sequential(nn.Linear(in_features, out_features, bias=False))
         to = {"rule": "balanced", "num_terms": num_terms}
         found = match_budget(kind, matrix, targets=["0"], to_options=to, **options)
-        if abs(found.difference) <= TOLERANCE:
+        own = cls.num_parameters(in_features, out_features, **options)
+        if abs(found.difference) <= TOLERANCE or own > found.reference_parameters:
             options = found.options
     if kind == "randlora" and "alpha" not in options:
         options["alpha"] = float(options.get("rank", 32))

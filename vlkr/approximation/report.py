@@ -26,6 +26,7 @@ COLUMNS = {
 }
 OVERVIEW = {
     "relative_frobenius": ("Relative Frobenius error, trained", 3),
+    "frobenius": ("Frobenius error, trained", 0),
     "optimum": ("Relative Frobenius error of the optimum in closed form", 3),
     "sigma_difference": ("Mean difference of sorted singular values (blind to vectors)", 2),
     "effective_rank": ("Effective rank", 0),
@@ -155,7 +156,11 @@ class Approximation:
 
     def show(self, console: Console) -> None:
         """Prints the main measures and what their numbers depend on."""
+        authors = self.context["protocol"] == "authors"
+        skipped = "relative_frobenius" if authors else "frobenius"
         for measure, (title, digits) in OVERVIEW.items():
+            if measure == skipped:
+                continue
             rows = self.overview(measure, digits)
             if any(cell for row in rows[1:] for cell in row[1:]):
                 console.print(rich_table(rows, title))
@@ -169,8 +174,14 @@ def _numbers(values: Iterable[int]) -> str:
 
 
 def _short(target: str) -> str:
-    """A target's name on two lines, so that a table of six fits into 80 columns."""
-    return target.rsplit(".", 1)[-1].replace("frequency", "freq").replace("-", "\n")
+    r"""A target's name in lines, so that a table of six fits into 80 columns.
+
+    >>> _short("high-frequency"), _short("visual.transformer.resblocks.3.attn.in_proj_weight")
+    ('high\nfreq', 'visual\n...\nin_proj_weight')
+    """
+    if target.count(".") > 1:
+        return "\n...\n".join(target.split(".")[:: target.count(".")])
+    return target.replace("frequency", "freq").replace("-", "\n", 1)
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -190,7 +201,8 @@ def write_report(result: Approximation, output: Path) -> None:
     text = f"# Approximation of matrices\n\n{table}\n{NOTE}.\n\n{result.caption()}.\n"
     write_text(output / "report.md", text)
     plot_errors(result, output / "errors.png")
-    plot_spectra(result, output / "spectra.png")
+    if any(row.spectrum for row in result.rows):
+        plot_spectra(result, output / "spectra.png")
 
 
 def _colors(result: Approximation) -> dict[str, Any]:
@@ -221,12 +233,14 @@ def plot_errors(result: Approximation, path: Path) -> None:
     ranks = [statistics.mean(m["effective_rank"] for m in ms) for ms in result.targets.values()]
     axes.set_xticks(
         range(len(ranks)),
-        [f"{n}\n(effective rank {r:.0f})" for n, r in zip(result.targets, ranks, strict=True)],
+        [f"{n}\n(eff. rank {r:.0f})" for n, r in zip(result.targets, ranks, strict=True)],
         fontsize=8,
     )
     axes.set_ylabel("relative Frobenius error")
-    axes.set_title("What each method misses; black lines: its optimum", loc="left")
-    axes.legend(handles, list(colors), frameon=False, ncols=4, fontsize=8, loc="lower left")
+    trained = any(row.trained for row in result.rows)
+    title = "What each method misses; black lines: its optimum"
+    axes.set_title(title if trained else "The least that each method can miss", loc="left")
+    figure.legend(handles, list(colors), fontsize=8, ncols=8, loc="outside lower center")
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 

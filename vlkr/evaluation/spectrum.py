@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlkr.adapters.inject import placed_adapters
-from vlkr.adapters.targets import Target
+from vlkr.adapters.targets import Target, candidates
 from vlkr.errors import VlkrError
 from vlkr.evaluation.runs import load_run
 from vlkr.evaluation.spectrum_report import Layer, Run, Spectra, write_report
@@ -72,20 +72,23 @@ def spectrum(
 def model_spectra(model: nn.Module) -> list[Layer]:
     """The spectra of a model's adapters, in its order."""
     modules = dict(model.named_modules())
+    known = {(target.module, target.slot): target for target in candidates(model)}
     layers = []
     for placed in placed_adapters(model):
         if placed.adapter.adapts_bias:
             continue
         weight = placed.slot.select(modules[placed.module].get_parameter(placed.slot.parameter))
-        target = Target(placed.module, placed.slot, placed.name, weight.shape[1], weight.shape[0])
+        # A parameter that no linear layer owns goes by its own name.
+        plain = Target(placed.module, placed.slot, placed.name, weight.shape[1], weight.shape[0])
+        target = known.get((placed.module, placed.slot), plain)
         delta = placed.adapter.delta(weight)
         measures, sigma, base_sigma = layer_measures(delta.float(), weight.float())
         layers.append(
             Layer(
-                placed.key,
+                target.path,
                 target.tower or "model",
                 target.block,
-                placed.name,
+                target.name,
                 (weight.shape[0], weight.shape[1]),
                 measures,
                 sigma.tolist(),

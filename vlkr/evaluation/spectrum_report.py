@@ -15,18 +15,19 @@ from rich.console import Console
 from vlkr.evaluation.report import markdown_table, rich_table
 from vlkr.files import atomic_file, write_json, write_text
 
-COLUMNS = {
+MEASURES = {
     "effective_rank": ("effective rank", 1),
     "stable_rank": ("stable rank", 2),
-    "nuclear_norm": ("nuclear", 3),
-    "frobenius_norm": ("Frobenius", 3),
-    "spectral_norm": ("spectral", 3),
-    "ratio": ("ratio to base", 3),
-    "overlap": ("overlap", 3),
+    "nuclear_norm": ("nuclear norm", 3),
+    "frobenius_norm": ("Frobenius norm", 3),
+    "spectral_norm": ("spectral norm", 3),
+    "ratio": ("Frobenius norm / base weight's", 3),
+    "overlap": ("overlap with base's leading subspaces", 3),
+    "chance_overlap": ("that overlap by chance", 3),
 }
 NOTE = (
-    "ratio: Frobenius norm of the change over the base weight's; overlap: mean squared cosine "
-    "with the base's leading subspaces, in brackets what random ones have"
+    "overlap: mean squared cosine between the leading singular subspaces of the change and of "
+    "the base weight, 16 dimensions or a quarter of the weight's"
 )
 
 
@@ -136,16 +137,21 @@ class Spectra:
         }
 
     def method_rows(self) -> list[list[str]]:
-        """The table of methods: means over layers and runs."""
-        rows = [["method", "runs", "layers", *(title for title, _ in COLUMNS.values())]]
-        for method in self.methods:
-            runs = [run for run in self.runs if run.method == method]
-            layers = [layer for run in runs for layer in run.layers]
-            count = str(len({layer.name for layer in layers}))
-            rows.append([method, str(len(runs)), count, *_cells(layers, "")])
-        first = [run for run in self.runs if run.method == self.methods[0]]
-        base = [layer for run in first for layer in run.layers]
-        rows.append(["(base weights)", "", "", *_cells(base, "base_")])
+        """The table of measures: means over layers and runs, a column a method."""
+        groups = {
+            method: [layer for run in self.runs if run.method == method for layer in run.layers]
+            for method in self.methods
+        }
+        runs = [str(sum(run.method == method for run in self.runs)) for method in groups]
+        counts = [str(len({layer.name for layer in layers})) for layers in groups.values()]
+        rows = [
+            ["mean over layers", *groups, "base weights"],
+            ["runs", *runs, ""],
+            ["layers", *counts, ""],
+        ]
+        for measure, (title, digits) in MEASURES.items():
+            cells = [_mean(layers, measure, digits) for layers in groups.values()]
+            rows.append([title, *cells, _mean(groups[self.methods[0]], f"base_{measure}", digits)])
         return rows
 
     def place_rows(self) -> list[list[str]]:
@@ -178,25 +184,18 @@ class Spectra:
 
     def show(self, console: Console) -> None:
         """Prints the tables and the comparisons."""
-        console.print(rich_table(self.method_rows(), "Changes of weights, mean over layers", NOTE))
-        console.print(rich_table(self.place_rows(), "Effective rank of the change, by place"))
+        console.print(rich_table(self.method_rows(), "Spectra of the changes", NOTE))
+        console.print(rich_table(self.place_rows(), "By place"))
         for sentence in self.sentences():
             console.print(sentence, highlight=False, markup=False)
         if self.output is not None:
             console.print(f"Report and pictures: {self.output}", highlight=False, markup=False)
 
 
-def _cells(layers: list[Layer], prefix: str) -> list[str]:
-    cells = []
-    for name, (_, digits) in COLUMNS.items():
-        values = [
-            layer.measures[prefix + name] for layer in layers if prefix + name in layer.measures
-        ]
-        cells.append(f"{statistics.mean(values):.{digits}f}" if values else "")
-    if not prefix:
-        chance = statistics.mean(layer.measures["chance_overlap"] for layer in layers)
-        cells[-1] += f" ({chance:.3f})"
-    return cells
+def _mean(layers: list[Layer], measure: str, digits: int) -> str:
+    """Empty for a measure that there is not."""
+    values = [layer.measures[measure] for layer in layers if measure in layer.measures]
+    return f"{statistics.mean(values):.{digits}f}" if values else ""
 
 
 def write_report(result: Spectra, output: Path) -> None:
