@@ -54,10 +54,11 @@ def compose(weight: Tensor, parts: Sequence[Part], dtype: torch.dtype | None = N
     Returns:
         A tensor of its own memory, of the base weight's shape.
     """
-    composed = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    composed = None
     with torch.autocast(weight.device.type, enabled=False):
         for adapter, slot, scale in parts:
-            slot.select(composed).add_(adapter.delta(slot.select(weight)), alpha=scale)
+            composed = _plus(weight, composed, adapter.delta(slot.select(weight)), slot, scale)
+    composed = weight.clone() if composed is None else composed
     return composed.to(dtype or weight.dtype)
 
 
@@ -109,6 +110,18 @@ def _side_by_side(slices: dict[tuple[int, int], Tensor], like: Tensor) -> Tensor
     return torch.cat(columns, dim=-1)
 
 
+def _plus(
+    weight: Tensor, composed: Tensor | None, delta: Tensor, slot: Slot, scale: float
+) -> Tensor:
+    """Adds a change to ``composed``, or to a wide copy of ``weight`` while there is none yet."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if composed is None and slot.rows is None:
+        return torch.add(weight.to(wide), delta, alpha=scale)
+    composed = weight.to(wide, copy=True) if composed is None else composed
+    slot.select(composed).add_(delta, alpha=scale)
+    return composed
+
+
 class _ComposedLinear(torch.autograd.Function):
     """Linear with a composed weight that is rebuilt in backward, never stored."""
 
@@ -133,8 +146,7 @@ class _ComposedLinear(torch.autograd.Function):
         x, weight, *saved = ctx.saved_tensors
         need_x, need_weight, need_bias, _, *need_factors = ctx.needs_input_grad
         flat_grad, flat_x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        composed = weight.to(wide, copy=True) if need_x else None
+        composed: Tensor | None = None
         grad_factors: list[Tensor | None] = []
         factors, needs = iter(saved), iter(need_factors)
         for adapter, slot, scale in ctx.parts:
@@ -142,8 +154,8 @@ class _ComposedLinear(torch.autograd.Function):
             needed = [factor.requires_grad_() for factor in own.values() if next(needs)]
             with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
                 delta = _delta_of(adapter, own, slot.select(weight).detach())
-            if composed is not None:
-                slot.select(composed).add_(delta.detach(), alpha=scale)
+            if need_x:
+                composed = _plus(weight, composed, delta.detach(), slot, scale)
             columns = flat_grad if slot.rows is None else flat_grad[:, slice(*slot.rows)]
             grad_delta = (columns.T @ flat_x).to(delta.dtype).mul_(scale)
             grads = iter(torch.autograd.grad(delta, needed, grad_delta) if needed else ())
