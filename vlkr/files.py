@@ -71,7 +71,8 @@ def atomic_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
         raise VlkrError(f"cannot write {target}: {error.strerror}") from error
     try:
         yield temporary
-        temporary.chmod(0o755)
+        for path in (temporary, *temporary.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # as open for others as a plain file
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             target.replace(old)

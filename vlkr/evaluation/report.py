@@ -88,6 +88,16 @@ class Evaluation:
                 }
                 for r in self.results
             ],
+            **self._summary(),
+        }
+
+    def _summary(self) -> dict[str, Any]:
+        if not self.shifts:
+            return {}
+        worst = self.worst_shift()
+        return {
+            "mean_of_shifts": {m: round(self.mean_shift(m), 6) for m in METRICS},
+            "worst_shift": {"dataset": worst.dataset, "metrics": worst.metrics},
         }
 
 
