@@ -18,10 +18,18 @@ from vlkr.version import __version__
 
 
 class Command(NamedTuple):
-    """Where a command's function is, and what it does in a line."""
+    """Where a command's function is, and what it does in a line.
+
+    Attributes:
+        function: ``module:name``; its parameters are the options.
+        summary: for the help.
+        positional: parameters that may be given without their names, in order; the last takes
+            all that is left if it is a list.
+    """
 
     function: str
     summary: str
+    positional: tuple[str, ...] = ()
 
 
 COMMANDS = {
@@ -66,9 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"vlkr {__version__}")
         return 0
-    name, *rest = arguments
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name, rest = " ".join(arguments[:words]), arguments[words:]
     if name not in COMMANDS:
-        return _fail(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
+        kin = [known for known in COMMANDS if known.startswith(f"{name} ")]
+        return _fail(f"unknown command {name!r}; known: {', '.join(kin or COMMANDS)}")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -129,8 +139,9 @@ def _run(name: str, arguments: list[str]) -> int:
         def format_help(self, formatter: HelpFormatter | None = None) -> str:
             return _kebab(_plain(super().format_help(formatter)).replace("``", ""))
 
+    positional = COMMANDS[name].positional
     parser = Parser(
-        prog=f"vlkr {name}",
+        prog=" ".join(["vlkr", name, *(word.upper() for word in positional)]),
         description=COMMANDS[name].summary,
         exit_on_error=False,
         allow_abbrev=False,
@@ -144,7 +155,8 @@ def _run(name: str, arguments: list[str]) -> int:
             action.nargs, action.const, action.metavar = "?", True, None  # a plain --flag
     lists = {name for name, hint in types.items() if re.search(r"\b(list|tuple)\[", str(hint))}
     try:
-        parsed = parser.parse_args(_normalise(_shipped_config(arguments), lists))
+        named = _named(_normalise(_shipped_config(arguments), lists), positional, lists)
+        parsed = parser.parse_args(named)
         options = parser.instantiate(parsed).as_dict()
     except ArgumentError as error:
         raise VlkrError(_explain(str(error), types)) from error
@@ -190,6 +202,22 @@ def _normalise(arguments: list[str], lists: Collection[str]) -> list[str]:
             values.append(argument)
     flush()
     return found
+
+
+def _named(arguments: list[str], positional: Sequence[str], lists: Collection[str]) -> list[str]:
+    """Gives bare values the names of the positional parameters.
+
+    >>> _named(["a", "--force", "b", "c"], ["source", "images"], ["images"])
+    ['--force', '--source=a', '--images=["b", "c"]']
+    """
+    named = [argument for argument in arguments if argument.startswith("-")]
+    bare = [argument for argument in arguments if not argument.startswith("-")]
+    for name in positional:
+        if bare:
+            values, bare = (bare, []) if name in lists else (bare[:1], bare[1:])
+            value = json.dumps(values) if name in lists else values[0]
+            named.append(f"--{name}={value}")
+    return named + bare
 
 
 def _is_yaml_list(values: list[str]) -> bool:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -24,7 +24,7 @@ from vlkr.approximation.authors import (
 from vlkr.approximation.fit import Recipe, fit
 from vlkr.approximation.measures import LEADING, approximation_measures, frobenius, target_measures
 from vlkr.approximation.methods import DEFAULT_METHODS, Method, budget, optimum, sized_method
-from vlkr.approximation.report import Approximation, Row, write_report
+from vlkr.approximation.report import Approximation, Row, joined, write_report
 from vlkr.approximation.targets import DEFAULT_TARGETS, target_maker, weight_targets
 from vlkr.errors import VlkrError
 from vlkr.files import check_free
@@ -112,21 +112,35 @@ def approximate(
     started = time.perf_counter()
     known = {name: [t.to(place) for t in ts] for name, ts in known.items()}
     decomposed: dict[str, list[Decomposition]] = {}
-    rows: dict[tuple[str, str], Row] = {}
+    parts: dict[tuple[str, str, int], Row] = {}
     recipe = Recipe(iterations, lr, weight_decay)
 
     def decompose_target(name: str) -> None:
         decomposed[name] = [decompose(t, LEADING) for t in known[name]]
 
-    def run(target: str, name: str) -> None:
+    def run(target: str, name: str, first: int) -> None:
         key = name, *shapes[target]
-        matrices, expected = known[target], decomposed[target]
-        rows[target, name] = approximate_one(
-            target, sized[key], adapters[key], matrices, expected, recipe
+        chosen = slice(first, first + together[target])
+        parts[target, name, first] = approximate_one(
+            target,
+            sized[key],
+            adapters[key][chosen],
+            known[target][chosen],
+            decomposed[target][chosen],
+            recipe,
         )
 
+    together = {
+        name: seeds if place.type != "cpu" or math.prod(shape) <= _BATCHED_NUMEL else 1
+        for name, shape in shapes.items()
+    }
     workers = torch.get_num_threads() if place.type == "cpu" else 1
-    jobs = [(target, name) for target in known for name in names]
+    jobs = [
+        (target, name, first)
+        for target in known
+        for name in names
+        for first in range(0, seeds, together[target])
+    ]
     _in_threads([(decompose_target, (name,)) for name in known], workers, "targets")
     _in_threads([(run, job) for job in jobs], workers, "approximating")
     context = {
@@ -144,7 +158,7 @@ def approximate(
     result = Approximation(
         targets={name: [target_measures(d) for d in ds] for name, ds in decomposed.items()},
         spectra={name: ds[0].sigma.tolist() for name, ds in decomposed.items()},
-        rows=[rows[job] for job in jobs],
+        rows=joined(parts[job] for job in jobs),
         context=context,
         output=output,
     )
@@ -161,7 +175,7 @@ def approximate_one(
     expected: Sequence[Decomposition],
     recipe: Recipe,
 ) -> Row:
-    """One method on one target, a seed after the other or side by side.
+    """One method on one target, for seeds that are trained side by side.
 
     Args:
         target: its name.
@@ -182,20 +196,13 @@ def approximate_one(
     trained: list[dict[str, float]] = []
     spectrum: list[float] | None = None
     if recipe.iterations > 0:
-        together = matrices[0].is_cuda or matrices[0].numel() <= _BATCHED_NUMEL
-        step = len(adapters) if together else 1
-        for i in range(0, len(adapters), step):
-            changes = fit(
-                adapters[i : i + step], torch.stack(tuple(matrices[i : i + step])), recipe
-            )
-            if not torch.isfinite(changes).all():
-                raise VlkrError(f"{method.name} diverged on {target}; a smaller --lr may help")
-            for change, matrix, known in zip(
-                changes, matrices[i : i + step], expected[i : i + step], strict=True
-            ):
-                found = decompose(change, LEADING)
-                trained.append(approximation_measures(change, matrix, found, known))
-                spectrum = spectrum or found.sigma.tolist()
+        changes = fit(adapters, torch.stack(tuple(matrices)), recipe)
+        if not torch.isfinite(changes).all():
+            raise VlkrError(f"{method.name} diverged on {target}; a smaller --lr may help")
+        for change, matrix, known in zip(changes, matrices, expected, strict=True):
+            found = decompose(change, LEADING)
+            trained.append(approximation_measures(change, matrix, found, known))
+            spectrum = spectrum or found.sigma.tolist()
     return Row(target, method.name, method.parameters, method.options, trained, optima, spectrum)
 
 
@@ -230,7 +237,7 @@ def _unit_scale(name: str, weight: Tensor) -> Tensor:
 
 
 def _in_threads(
-    jobs: Iterable[tuple[Callable[..., None], tuple[str, ...]]], workers: int, title: str
+    jobs: Iterable[tuple[Callable[..., None], tuple[Any, ...]]], workers: int, title: str
 ) -> None:
     """Runs jobs side by side, each in one thread: faster than threads within operations."""
     jobs = list(jobs)

@@ -82,6 +82,17 @@ class Row:
         }
 
 
+def joined(parts: Iterable[Row]) -> list[Row]:
+    """Rows of all seeds, from rows of some seeds each, in their order."""
+    rows: dict[tuple[str, str], Row] = {}
+    for part in parts:
+        row = rows.setdefault((part.target, part.method), part)
+        if row is not part:
+            row.trained.extend(part.trained)
+            row.optima.extend(part.optima)
+    return list(rows.values())
+
+
 @dataclass
 class Approximation:
     """What the benchmark found.

@@ -1,0 +1,1 @@
+"""Grids of runs: methods, shots and seeds side by side, across domains and datasets."""
