@@ -31,6 +31,70 @@ def khatri_rao(u: Tensor, v: Tensor) -> Tensor:
     return (v.unsqueeze(-1) * u.unsqueeze(-2)).flatten(-2)
 
 
+def add_khatri_rao(base: Tensor, u: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
+    """Writes ``base + scale * khatri_rao(u, v)`` into ``out`` in one pass, without a temporary.
+
+    The product is cut to the columns of ``base``. For tensors that need no gradient.
+
+    Args:
+        base: ``(m, n)``, may be ``out`` itself.
+        u: ``(m, k1)``.
+        v: ``(m, k2)``, with ``k1 * k2 >= n``.
+        scale: multiplies the product.
+        out: ``(m, n)``, in any memory layout.
+
+    >>> out = torch.empty(1, 3)
+    >>> add_khatri_rao(torch.ones(1, 3), torch.ones(1, 2), torch.tensor([[3.0, 5.0]]), 2.0, out)
+    >>> out
+    tensor([[ 7.,  7., 11.]])
+    """
+    if out.stride(0) < out.stride(1):  # factors in the layout of what is written
+        u, v = u.T.contiguous().T, v.T.contiguous().T
+    blocks, whole = _row_blocks(base, u.shape[1])
+    torch.addcmul(
+        blocks, v[:, : blocks.shape[1], None], u[:, None], value=scale,
+        out=_row_blocks(out, u.shape[1])[0],
+    )  # fmt: skip
+    if whole < base.shape[1]:
+        rest, last = base[:, whole:], v[:, blocks.shape[1], None]
+        torch.addcmul(rest, last, u[:, : rest.shape[1]], value=scale, out=out[:, whole:])
+
+
+def khatri_rao_gradients(grad: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``u`` and ``v`` from that of ``khatri_rao(u, v)``, without a temporary.
+
+    Two matrix-vector products a row, where autograd makes two tensors of the product's size.
+
+    Args:
+        grad: ``(m, n)``, of the product cut to its first ``n`` columns.
+        u: ``(m, k1)``.
+        v: ``(m, k2)``.
+
+    Returns:
+        The gradients, of the shapes of ``u`` and ``v``.
+
+    >>> u, v = torch.ones(1, 2), torch.tensor([[3.0, 5.0]])
+    >>> khatri_rao_gradients(torch.ones(1, 4), u, v)
+    (tensor([[8., 8.]]), tensor([[2., 2.]]))
+    """
+    blocks, whole = _row_blocks(grad, u.shape[1])
+    count = blocks.shape[1]
+    grad_u = torch.bmm(v[:, None, :count], blocks).squeeze(1)
+    grad_v = torch.zeros_like(v)
+    grad_v[:, :count] = torch.bmm(blocks, u.unsqueeze(-1)).squeeze(-1)
+    if whole < grad.shape[1]:
+        rest = grad[:, whole:]
+        grad_u[:, : rest.shape[1]].addcmul_(rest, v[:, count, None])
+        grad_v[:, count] = (rest * u[:, : rest.shape[1]]).sum(1)
+    return grad_u, grad_v
+
+
+def _row_blocks(matrix: Tensor, size: int) -> tuple[Tensor, int]:
+    """A view ``(m, count, size)`` of the whole blocks of the rows, and the columns in them."""
+    count = matrix.shape[1] // size
+    return matrix[:, : count * size].unflatten(1, (count, size)), count * size
+
+
 def singular_values(matrix: Tensor) -> Tensor:
     """Singular values in descending order, at least in fp32.
 

@@ -26,6 +26,8 @@ class Adapter(nn.Module, ABC):
     budget_option: ClassVar[str | None] = None
     #: ``forward`` is cheaper than a product with the composed weight, so hosts call it.
     factored: ClassVar[bool] = False
+    #: has ``factor_gradients``, so hosts do without a graph through ``delta``.
+    explicit: bool = False
     #: the change is one of the bias, ``(out_features)``, and not of the weight.
     adapts_bias: ClassVar[bool] = False
 
@@ -55,6 +57,25 @@ class Adapter(nn.Module, ABC):
             ``(..., out_features)``.
         """
         return F.linear(x, self.delta().to(x.dtype))
+
+    def add_delta(self, weight: Tensor, base: Tensor, scale: float, out: Tensor) -> None:
+        """Writes ``base + scale * delta(weight)`` into ``out``; called without gradients.
+
+        Args:
+            weight: the base weight, of the change's shape.
+            base: what to add to: ``weight``, or ``out`` itself.
+            scale: multiplies the change.
+            out: of the change's shape, in fp32 or wider.
+        """
+        torch.add(base, self.delta(weight), alpha=scale, out=out)
+
+    def factor_gradients(self, grad_delta: Tensor) -> dict[str, Tensor]:
+        """The parameters' gradients by name, for a method that is faster here than autograd.
+
+        Args:
+            grad_delta: the change's gradient, contiguous along the longer side.
+        """
+        raise NotImplementedError
 
     def start(self, weight: Tensor) -> None:
         """Sets what depends on the base weight, so that the change is zero on it."""

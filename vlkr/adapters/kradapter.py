@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vlkr.adapters.base import Adapter
 from vlkr.errors import VlkrError
-from vlkr.functional import khatri_rao
+from vlkr.functional import add_khatri_rao, khatri_rao, khatri_rao_gradients
 
 
 class KRAdapter(Adapter):
@@ -63,6 +63,7 @@ class KRAdapter(Adapter):
         self.rule = rule
         self.num_terms = num_terms
         self.num_factors = num_factors
+        self.explicit = num_factors == 2
         short, long = sorted((in_features, out_features))
         sizes = _factor_sizes(short, long, rule, num_factors)
         self.u = nn.Parameter(torch.zeros(num_terms, short, sizes[0]))
@@ -89,6 +90,30 @@ class KRAdapter(Adapter):
             )
         summed = product[0] if self.num_terms == 1 else product.sum(0)
         return summed[: self.out_features, : self.in_features]
+
+    def add_delta(self, weight: Tensor, base: Tensor, scale: float, out: Tensor) -> None:
+        """Product and sum in one pass over the weight."""
+        if not self.explicit:
+            super().add_delta(weight, base, scale, out)
+            return
+        for u, v in zip(self.u, self.v, strict=True):
+            factors = (v, u) if self.rule == "balanced" else (u, v)
+            add_khatri_rao(self._rows(base), *factors, self.scale * scale, self._rows(out))
+            base = out
+
+    def factor_gradients(self, grad_delta: Tensor) -> dict[str, Tensor]:
+        """Matrix-vector products with the rows of the change's gradient."""
+        grads: dict[str, list[Tensor]] = {"u": [], "v": []}
+        for u, v in zip(self.u, self.v, strict=True):
+            names, factors = ("uv", (u, v)) if self.rule == "reference" else ("vu", (v, u))
+            found = khatri_rao_gradients(self._rows(grad_delta), *factors)
+            for name, grad in zip(names, found, strict=True):
+                grads[name].append(grad)
+        return {name: torch.stack(terms).mul_(self.scale) for name, terms in grads.items()}
+
+    def _rows(self, matrix: Tensor) -> Tensor:
+        """The matrix as ``(short, long)``."""
+        return matrix.T if self.out_features > self.in_features else matrix
 
 
 def _khatri_rao_columns(u: Tensor, v: Tensor) -> Tensor:

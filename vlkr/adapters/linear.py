@@ -7,7 +7,8 @@ backward: they are rebuilt there from the factors, which is elementwise work onl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -54,12 +55,36 @@ def compose(weight: Tensor, parts: Sequence[Part], dtype: torch.dtype | None = N
     Returns:
         A tensor of its own memory, of the base weight's shape.
     """
-    composed = None
+    wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(weight.device.type, enabled=False):
-        for adapter, slot, scale in parts:
-            composed = _plus(weight, composed, adapter.delta(slot.select(weight)), slot, scale)
-    composed = weight.clone() if composed is None else composed
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            composed = weight.to(wide, copy=True)
+            for adapter, slot, scale in parts:
+                delta = adapter.delta(slot.select(weight))
+                if slot.rows is None:
+                    composed = torch.add(composed, delta, alpha=scale)
+                else:
+                    slot.select(composed).add_(delta, alpha=scale)
+        else:
+            source, composed = _summands(weight, parts)
+            for adapter, slot, scale in parts:
+                own = slot.select(weight)
+                adapter.add_delta(own, slot.select(source), scale, slot.select(composed))
     return composed.to(dtype or weight.dtype)
+
+
+def _summands(weight: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """What the changes are added to, and where the sum goes, in fp32 or wider.
+
+    The weight and an empty tensor, if the parts cover each row once; else a copy twice.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    rows = sorted(part.slot.rows or (0, len(weight)) for part in parts)
+    borders = [0, *(border for part in rows for border in part), len(weight)]
+    if borders[::2] == borders[1::2]:
+        return weight, torch.empty_like(weight, dtype=wide)
+    copy = weight.to(wide, copy=True)
+    return copy, copy
 
 
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part]) -> Tensor:
@@ -110,18 +135,6 @@ def _side_by_side(slices: dict[tuple[int, int], Tensor], like: Tensor) -> Tensor
     return torch.cat(columns, dim=-1)
 
 
-def _plus(
-    weight: Tensor, composed: Tensor | None, delta: Tensor, slot: Slot, scale: float
-) -> Tensor:
-    """Adds a change to ``composed``, or to a wide copy of ``weight`` while there is none yet."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    if composed is None and slot.rows is None:
-        return torch.add(weight.to(wide), delta, alpha=scale)
-    composed = weight.to(wide, copy=True) if composed is None else composed
-    slot.select(composed).add_(delta, alpha=scale)
-    return composed
-
-
 class _ComposedLinear(torch.autograd.Function):
     """Linear with a composed weight that is rebuilt in backward, never stored."""
 
@@ -146,32 +159,47 @@ class _ComposedLinear(torch.autograd.Function):
         x, weight, *saved = ctx.saved_tensors
         need_x, need_weight, need_bias, _, *need_factors = ctx.needs_input_grad
         flat_grad, flat_x = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, x.shape[-1])
-        composed: Tensor | None = None
+        source, composed = _summands(weight, ctx.parts)
         grad_factors: list[Tensor | None] = []
         factors, needs = iter(saved), iter(need_factors)
         for adapter, slot, scale in ctx.parts:
             own = {name: next(factors).detach() for name, _ in adapter.named_parameters()}
-            needed = [factor.requires_grad_() for factor in own.values() if next(needs)]
-            with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-                delta = _delta_of(adapter, own, slot.select(weight).detach())
-            if need_x:
-                composed = _plus(weight, composed, delta.detach(), slot, scale)
+            needed = {name: factor for name, factor in own.items() if next(needs)}
             columns = flat_grad if slot.rows is None else flat_grad[:, slice(*slot.rows)]
-            grad_delta = (columns.T @ flat_x).to(delta.dtype).mul_(scale)
-            grads = iter(torch.autograd.grad(delta, needed, grad_delta) if needed else ())
-            grad_factors += [next(grads) if f.requires_grad else None for f in own.values()]
-        grad_x = None if composed is None else grad_y @ composed.to(grad_y.dtype)
+            part, base, out = map(slot.select, (weight.detach(), source, composed))
+            grads: dict[str, Tensor] = {}
+            with _parameters_of(adapter, own), torch.autocast(x.device.type, enabled=False):
+                if adapter.explicit:
+                    if need_x:
+                        adapter.add_delta(part, base, scale, out)
+                    if needed:
+                        tall = adapter.out_features > adapter.in_features
+                        grad = (flat_x.T @ columns).T if tall else columns.T @ flat_x
+                        grads = adapter.factor_gradients(grad.to(composed.dtype))
+                else:
+                    with torch.enable_grad():
+                        leaves = [factor.requires_grad_() for factor in needed.values()]
+                        delta = adapter.delta(part)
+                    if need_x:
+                        torch.add(base, delta.detach(), alpha=scale, out=out)
+                    if needed:
+                        grad = (columns.T @ flat_x).to(delta.dtype)
+                        found = torch.autograd.grad(delta, leaves, grad)
+                        grads = dict(zip(needed, found, strict=True))
+            grad_factors += [grads[name].mul(scale) if name in needed else None for name in own]
+        grad_x = grad_y @ composed.to(grad_y.dtype) if need_x else None
         grad_weight = flat_grad.T @ flat_x if need_weight else None
         grad_bias = flat_grad.sum(0) if need_bias else None
         return grad_x, grad_weight, grad_bias, None, *grad_factors
 
 
-def _delta_of(adapter: Adapter, factors: dict[str, Tensor], weight: Tensor) -> Tensor:
-    """The adapter's change with other factors in place of its own, which may have moved on."""
+@contextmanager
+def _parameters_of(adapter: Adapter, factors: dict[str, Tensor]) -> Iterator[None]:
+    """Puts other factors in place of the adapter's own, which may have moved on."""
     own = dict(adapter._parameters)
     try:
         adapter._parameters.update(factors)  # type: ignore[arg-type]
-        return adapter.delta(weight)
+        yield
     finally:
         adapter._parameters.update(own)
 
