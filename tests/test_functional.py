@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 
 from vlkr.errors import VlkrError
 from vlkr.functional import (
+    add_khatri_rao,
     decompose,
     effective_rank,
     khatri_rao,
+    khatri_rao_gradients,
     nuclear_norm,
     project_kradapter,
     project_kronecker,
@@ -50,6 +52,24 @@ def test_khatri_rao_rows_are_kronecker_products():
     u, v = torch.randn(5, 3), torch.randn(5, 4)
     expected = torch.stack([torch.kron(v_row, u_row) for u_row, v_row in zip(u, v, strict=True)])
     assert torch.equal(khatri_rao(u, v), expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(m=SIZES, k1=SIZES, k2=SIZES, cut=st.integers(0, 6), tall=st.booleans(), data=st.data())
+def test_khatri_rao_sum_and_gradients_equal_autograds(m, k1, k2, cut, tall, data):
+    n = max(k1, k1 * k2 - cut)
+    u = torch.randn(m, k1, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(m, k2, dtype=torch.float64, requires_grad=True)
+    base, grad = (torch.randn(m, n, dtype=torch.float64) for _ in range(2))
+    if tall:  # laid out by columns, as a tall weight is when it is transposed
+        base = base.T.contiguous().T
+    expected = base + 3 * khatri_rao(u, v)[:, :n]
+    out = base if data.draw(st.booleans()) else torch.empty_like(base)
+    with torch.no_grad():
+        add_khatri_rao(base, u, v, 3.0, out)
+        found = khatri_rao_gradients(grad, u, v)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(khatri_rao(u, v)[:, :n], [u, v], grad))
 
 
 def test_khatri_rao_of_generic_factors_has_full_rank():

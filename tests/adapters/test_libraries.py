@@ -46,8 +46,8 @@ def transformers_vit():
 
 def transformers_clip():
     sizes = {**SIZES, "num_attention_heads": 2}
-    text = {"vocab_size": 99, "max_position_embeddings": 16, "eos_token_id": 10, **sizes}
     # the last of the tokens below is the end: the first one would see no other
+    text = {"vocab_size": 99, "max_position_embeddings": 16, "eos_token_id": 10, **sizes}
     vision = {"image_size": 28, "patch_size": 14, **sizes}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
 
