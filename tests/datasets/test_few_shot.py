@@ -1,8 +1,11 @@
 import random
+import tracemalloc
 import warnings
 from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vlkr.datasets import Sample, few_shot_split
 from vlkr.errors import VlkrError
@@ -80,3 +83,163 @@ def test_too_few_shots(shots):
 def test_class_without_samples():
     with pytest.raises(VlkrError, match="class 'blue' is empty"):
         few_shot_split(SAMPLES[:80], NAMES, 4, 1)
+
+
+def test_many_short_classes_are_one_warning():
+    samples = [Sample(f"{label}-{i}", b"", label) for label in range(3) for i in range(2 + label)]
+    with pytest.warns(UserWarning, match="classes have fewer") as caught:
+        split = few_shot_split(samples, NAMES, 4, 1)
+    assert [str(w.message) for w in caught] == [
+        "2 classes have fewer than 4 images to train on, repeated to 4 shots; fewest: class 'red' "
+        "has 2 images"
+    ]
+    assert len(split.train) == 12
+
+
+def test_absurd_shots_are_those_of_the_largest_class():
+    samples = SAMPLES[:35] + SAMPLES[40:]
+    with pytest.warns(UserWarning, match="no class has") as caught:
+        split = few_shot_split(samples, NAMES, 10**9, 1)
+    assert [str(w.message) for w in caught] == [
+        "no class has 1000000000 images to train on: taken as 40 shots, repeated in smaller "
+        "classes (class 'red' has 35 images)"
+    ]
+    assert len(split.train) == 3 * 40
+    assert split.val == []
+
+
+DOMAINS = ("art", "photo")
+IN_DOMAINS = [
+    Sample(f"{domain}/{label}/{i}", bytes(10), label, domain)
+    for domain in DOMAINS
+    for label in range(3)
+    for i in range(10 + 5 * label)
+]
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 1.0])
+def test_a_fraction_of_each_class(fraction):
+    split = few_shot_split(IN_DOMAINS, NAMES, 16, 1, fraction=fraction)
+    for label, size in enumerate((20, 30, 40)):
+        wanted = max(1, round(fraction * size))
+        assert sum(s.label == label for s in split.train) == wanted
+        left = min(wanted, 4, size - wanted)
+        assert sum(s.label == label for s in split.val) == left
+    assert not {*keys(split.train)} & {*keys(split.val)}
+
+
+def test_smaller_fractions_are_part_of_larger_ones():
+    splits = [few_shot_split(IN_DOMAINS, NAMES, 1, 1, fraction=f / 10) for f in range(1, 11)]
+    for fewer, more in pairwise(splits):
+        assert set(keys(fewer.train)) < set(keys(more.train))
+    assert set(keys(splits[-1].train)) == set(keys(IN_DOMAINS))
+
+
+def test_shots_of_each_domain():
+    split = few_shot_split(IN_DOMAINS, NAMES, 3, 1, per_domain=True)
+    cells = [(s.label, s.domain) for s in split.train]
+    assert cells == [(label, domain) for label in range(3) for domain in DOMAINS for _ in range(3)]
+    assert [(s.label, s.domain) for s in split.val] == cells
+    # What is drawn of a domain does not depend on the others.
+    photos = [s for s in IN_DOMAINS if s.domain == "photo"]
+    alone = few_shot_split(photos, NAMES, 3, 1)
+    assert keys(alone.train) == [key for key in keys(split.train) if key.startswith("photo")]
+
+
+def test_validation_fraction_is_held_out_of_each_class_and_domain():
+    split = few_shot_split(IN_DOMAINS, NAMES, 1, 1, fraction=1.0, val_fraction=0.2)
+    assert {*keys(split.train), *keys(split.val)} == set(keys(IN_DOMAINS))
+    assert len(split.train) + len(split.val) == len(IN_DOMAINS)
+    for label, size in enumerate((10, 15, 20)):
+        for domain in DOMAINS:
+            number = sum((s.label, s.domain) == (label, domain) for s in split.val)
+            assert number == round(0.2 * size)
+    few = few_shot_split(IN_DOMAINS, NAMES, 2, 1, val_fraction=0.2)
+    assert keys(few.val) == keys(split.val)
+    assert len(few.train) == 6
+    assert set(keys(few.train)) < set(keys(split.train))
+
+
+def test_a_class_of_one_image_is_trained_on():
+    split = few_shot_split([Sample("k", b"", 0, "d")], ["a"], 1, 1, val_fraction=0.9)
+    assert (keys(split.train), split.val) == (["k"], [])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fraction": 0.0}, "fraction 0.0 is out of range, expected above 0 and at most 1"),
+        ({"fraction": 1.1}, "fraction 1.1 is out of range"),
+        ({"val_fraction": 1.0}, "validation fraction 1.0 is out of range, expected 0 or more"),
+        ({"val_fraction": -0.1}, "validation fraction -0.1 is out of range"),
+    ],
+)
+def test_fractions_out_of_range(options, message):
+    with pytest.raises(VlkrError, match=message):
+        few_shot_split(SAMPLES, NAMES, 4, 1, **options)
+
+
+def test_a_key_that_occurs_twice_is_told():
+    with pytest.raises(VlkrError, match="key '0-3' occurs twice in the training split"):
+        few_shot_split([*SAMPLES, SAMPLES[3]], NAMES, 40, 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"fraction": 0.3}, {"val_fraction": 0.2}])
+def test_images_beyond_the_bound_are_let_go(options):
+    whole = few_shot_split(IN_DOMAINS, NAMES, 4, 1, **options)
+    bare = few_shot_split(IN_DOMAINS, NAMES, 4, 1, **options, max_bytes=100)
+    assert whole.positions is None
+    assert all(sample.image for sample in whole.train)
+    assert [(s.key, s.label, s.domain) for s in bare.train + bare.val] == [
+        (s.key, s.label, s.domain) for s in whole.train + whole.val
+    ]
+    assert not any(sample.image for sample in bare.train + bare.val)
+    order = keys(IN_DOMAINS)
+    assert bare.positions == {s.key: order.index(s.key) for s in whole.train + whole.val}
+
+
+def test_memory_is_bounded_by_what_is_kept():
+    def samples():
+        for i in range(20_000):
+            yield Sample(f"k{i}", bytes(10_000), i % 2)
+
+    tracemalloc.start()
+    try:
+        split = few_shot_split(samples(), ["a", "b"], 8, 1)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(split.train) == 16
+    assert peak < 2e6  # 24 images of 200 MB
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    shots=st.integers(1, 5),
+    options=st.fixed_dictionaries(
+        {
+            "fraction": st.none() | st.floats(0.05, 1),
+            "val_fraction": st.none() | st.floats(0, 0.9),
+            "per_domain": st.booleans(),
+        }
+    ),
+    order=st.randoms(use_true_random=False),
+)
+def test_any_order_gives_the_same_disjoint_parts(sizes, shots, options, order):
+    samples = [
+        Sample(f"{label}/{i}", b"x", label, DOMAINS[i % 2])
+        for label, size in enumerate(sizes)
+        for i in range(size)
+    ]
+    names = [str(label) for label in range(len(sizes))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        split = few_shot_split(samples, names, shots, 3, **options)
+        shuffled = list(samples)
+        order.shuffle(shuffled)
+        again = few_shot_split(shuffled, names, shots, 3, **options)
+    assert again == split
+    assert not {*keys(split.train)} & {*keys(split.val)}
+    assert len(set(keys(split.val))) == len(split.val)
+    assert {s.label for s in split.train} == set(range(len(sizes)))

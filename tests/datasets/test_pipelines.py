@@ -1,79 +1,146 @@
 import io
+import warnings
 from collections import Counter
+from unittest import mock
 
+import numpy as np
 import pytest
+import timm
 import torch
 from helpers import color_image, write_images, write_shards
+from open_clip.transform import image_transform
 from PIL import Image
+from streams import Listed, dealt, tiny_image, tiny_samples
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from vlkr.datasets import Sample, load_dataset
+from vlkr.datasets.images import decode_image
 from vlkr.datasets.pipelines import (
+    BadSamples,
     EpochSampler,
     FewShotImages,
+    Item,
+    SampleStream,
     collate,
-    decode_image,
     evaluation_loader,
-    train_transform,
 )
-from vlkr.errors import VlkrError
+from vlkr.datasets.transforms import TrainTransform, to_tensor, with_table
+from vlkr.errors import SampleError, VlkrError
+
+AUGMENT = TrainTransform((16, 16), [0.5] * 3, [0.5] * 3, "bilinear", (0.3, 1.0), True)
+pixels = v2.functional.pil_to_tensor
 
 
-def encode(image, kind="png", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
-def test_every_mode_becomes_rgb(mode):
-    data = encode(Image.new("RGB", (5, 4), (0, 0, 0)).convert(mode), "tiff")
-    image = decode_image(Sample("k", data, 0))
-    assert (image.mode, image.size) == ("RGB", (5, 4))
-    assert image.getpixel((0, 0)) == (0, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "'k' is no image in a format that is known"),
-        (b"garbage", "'k' is no image in a format that is known"),
-        (color_image("red", 0)[:200], "'k' is a corrupt image: .*truncated"),
-    ],
-)
-def test_corrupt_images_are_told_by_key(data, message):
-    with pytest.raises(VlkrError, match=message):
-        decode_image(Sample("k", data, 0))
-
-
-def test_image_bomb_is_refused(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(VlkrError, match=r"'k' is a corrupt image: .*decompression bomb"):
-        decode_image(Sample("k", color_image("red", 0), 0))
+# Transforms
 
 
 def test_whole_crop_without_flip_is_resize_and_normalisation():
     image = decode_image(Sample("k", color_image("red", 0), 0))
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-    transform = train_transform((20, 20), mean, std, "bicubic", (1.0, 1.0), flip=False)
-    plain = v2.functional.pil_to_tensor(image).float() / 255
+    transform = TrainTransform((20, 20), mean, std, "bicubic", (1.0, 1.0), flip=False)
+    plain = pixels(image).float() / 255
     expected = (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    torch.testing.assert_close(transform(image), expected)
+    cropped = transform(to_tensor(image))
+    assert cropped.dtype == torch.uint8
+    torch.testing.assert_close(transform.normalize(cropped[None])[0], expected)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+def test_crops_are_those_of_pillow(interpolation):
+    """Fixed-point arithmetic: one level of 256 apart at most."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    image = Image.fromarray(noise)
+    transform = TrainTransform((24, 24), [0] * 3, [1] * 3, interpolation, (0.3, 1.0), True)
+    mode = v2.InterpolationMode("bicubic" if interpolation == "random" else interpolation)
+    reference = v2.Compose(
+        [v2.RandomResizedCrop(24, scale=(0.3, 1.0), interpolation=mode), v2.RandomHorizontalFlip()]
+    )
+    for seed in range(10):
+        torch.manual_seed(seed)
+        ours = transform(to_tensor(image))
+        torch.manual_seed(seed)
+        theirs = pixels(reference(image))
+        assert (ours.int() - theirs.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", ["open_clip", "timm"])
+def test_table_is_the_models_own_transform_to_the_bit(name):
+    transform = {
+        "open_clip": image_transform(48, is_train=False),
+        "timm": timm.data.create_transform((3, 48, 48), mean=(0.1, 0.2, 0.3), std=(0.3, 0.4, 0.6)),
+    }[name]
+    fast = with_table(transform)
+    assert fast is not transform
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    assert torch.equal(fast(Image.fromarray(image)), transform(Image.fromarray(image)))
+
+
+def test_other_transforms_are_left_as_they_are():
+    assert with_table(pixels) is pixels
+    other = v2.Compose([v2.ToImage()])
+    assert with_table(other) is other
+
+
+# Few images in memory
 
 
 def test_augmentation_follows_from_the_item_alone():
     samples = [Sample(f"k{i}", color_image("red", i), i) for i in range(2)]
-    transform = train_transform((16, 16), [0.5] * 3, [0.5] * 3, "bilinear", (0.3, 1.0), True)
-    images = FewShotImages(samples, transform)
+    images = FewShotImages(samples, AUGMENT)
     state = torch.get_rng_state()
-    first, label, key = images[1, 7]
-    assert (label, key) == (1, "k1")
+    first, label, key, domain = images[1, 7]
+    assert (label, key, domain) == (1, "k1", None)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    assert torch.equal(images[1, 7][0], first)
-    assert not torch.equal(images[1, 8][0], first)
-    flipped = sum(torch.equal(images[0, s][0].flip(-1), images[0, s][0]) for s in range(8))
-    assert flipped == 0
+    assert torch.equal(images[1, 7].image, first)
+    assert not torch.equal(images[1, 8].image, first)
+    flipped = [images[0, seed].image for seed in range(8)]
+    assert not any(torch.equal(image.flip(-1), image) for image in flipped)
+
+
+def test_images_are_decoded_once_and_kept_as_bytes():
+    samples = tiny_samples(3)
+    images = FewShotImages([*samples, samples[0]], pixels)
+    assert all(image.dtype == torch.uint8 for image in images.images)
+    assert images.nbytes == 3 * 4 * 4 * 3  # a repeated one is kept once
+    with mock.patch("vlkr.datasets.pipelines.decode_image", side_effect=AssertionError):
+        assert [int(images[i, 0].image[0, 0, 0]) for i in range(4)] == [0, 1, 2, 0]
+    assert images.keys == ["k0", "k1", "k2", "k0"]
+    assert not any(sample.image for sample in images.samples)
+
+
+def test_images_beyond_the_bound_stay_encoded():
+    samples = tiny_samples(5)
+    decoded = FewShotImages(samples, AUGMENT)
+    encoded = FewShotImages(samples, AUGMENT, max_bytes=4 * 48)
+    assert encoded.images is None
+    assert encoded.nbytes == sum(len(sample.image) for sample in samples)
+    for item in ((3, 5), (0, 1)):
+        assert torch.equal(encoded[item].image, decoded[item].image)
+
+
+def test_bad_images_in_memory_are_left_out_and_counted():
+    samples = [tiny_samples(1)[0], Sample("bad", b"no image", 1), *tiny_samples(3)[1:]]
+    with pytest.raises(SampleError, match="sample 'bad'"):
+        FewShotImages(samples, pixels)
+    bad = BadSamples(1)
+    images = FewShotImages(samples, pixels, bad=bad)
+    assert images.keys == ["k0", "k1", "k2"]
+    with pytest.warns(UserWarning, match="^1 bad sample was skipped; the first: sample 'bad'"):
+        bad.warn()
+    bad.warn()  # and is told once
+
+
+def test_bad_images_that_stay_encoded_are_replaced_within_their_batch():
+    samples = [*tiny_samples(2), Sample("bad", b"no image", 1), *tiny_samples(4)[2:]]
+    images = FewShotImages(samples, pixels, max_bytes=1, bad=BadSamples(1))
+    batch = collate([images[i, 0] for i in range(5)])
+    assert batch.keys == ["k0", "k1", "k2", "k2", "k3"]
+    assert batch.images[:, 0, 0, 0].tolist() == [0, 1, 2, 2, 3]
+
+
+# Order
 
 
 @pytest.mark.parametrize(
@@ -111,26 +178,148 @@ def test_processes_share_an_epoch_without_overlap():
     assert [item for pair in zip(*parts, strict=True) for item in pair] == whole
 
 
+def test_an_epoch_can_be_begun_later():
+    sampler = EpochSampler(10, 4, 5, 1)
+    sampler.set_epoch(2)
+    whole = list(sampler)
+    sampler.start = 3
+    sampler.set_epoch(2)
+    assert list(sampler) == whole[12:]
+    sampler.set_epoch(3)
+    assert len(list(sampler)) == 20
+
+
+# Batches
+
+
 def test_collate():
-    batch = collate([(torch.zeros(3, 2, 2), 1, "a"), (torch.ones(3, 2, 2), 0, "b")])
+    batch = collate([Item(torch.zeros(3, 2, 2), 1, "a"), Item(torch.ones(3, 2, 2), 0, "b", "art")])
     assert batch.images.shape == (2, 3, 2, 2)
     assert batch.labels.tolist() == [1, 0]
     assert batch.labels.dtype == torch.int64
     assert batch.keys == ["a", "b"]
+    assert batch.domains == [None, "art"]
+
+
+def test_a_batch_of_bad_samples_is_an_error():
+    with pytest.raises(VlkrError, match="each of the 3 samples of a batch is bad"):
+        collate([None, None, None])
+
+
+# Evaluation
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("write", [write_shards, write_images])
 def test_evaluation_sees_every_sample_once_whatever_the_workers(tmp_path, write, workers):
     source = load_dataset(write(tmp_path / "d", per_class=7)).source("test")
-    loader = evaluation_loader(source, v2.functional.pil_to_tensor, 4, workers)
+    loader = evaluation_loader(source, pixels, 4, workers)
+    batches = list(loader)
     seen = {
         key: (image, label)
-        for batch in loader
+        for batch in batches
         for key, image, label in zip(batch.keys, batch.images, batch.labels.tolist(), strict=True)
     }
-    assert sum(len(batch.keys) for batch in loader) == len(seen)
+    assert sum(len(batch.keys) for batch in batches) == len(seen)
     assert {key: label for key, (_, label) in seen.items()} == {s.key: s.label for s in source}
     for sample in source:
-        expected = v2.functional.pil_to_tensor(Image.open(io.BytesIO(sample.image)))
+        expected = pixels(Image.open(io.BytesIO(sample.image)))
         assert torch.equal(seen[sample.key][0], expected)
+
+
+def test_one_process_reads_in_the_sources_order():
+    source = dealt(tiny_samples(20), 7)
+    keys = [key for batch in evaluation_loader(source, pixels, 3, 0) for key in batch.keys]
+    assert keys == [f"k{i}" for i in range(20)]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_every_sample_is_in_one_share(processes, workers):
+    """Shares of all processes and workers, each told who it is as a data loader would."""
+    for count in (*range(1, 15), 49, 50):
+        source = dealt(tiny_samples(count), 7)
+        keys = [
+            key
+            for rank in range(processes)
+            for worker in range(workers)
+            for key in share_keys(source, rank, processes, worker, workers)
+        ]
+        assert sorted(keys) == sorted(f"k{i}" for i in range(count))
+
+
+def share_keys(source, rank, processes, worker, workers):
+    info = mock.Mock(id=worker, num_workers=workers)
+    with (
+        mock.patch("vlkr.datasets.pipelines.get_worker_info", return_value=info),
+        mock.patch("vlkr.datasets.pipelines.process_place", return_value=(rank, processes)),
+        mock.patch("vlkr.datasets.pipelines.decode_image", return_value=None),
+    ):
+        stream = SampleStream(source, lambda image: torch.zeros(1), BadSamples())
+        return [item.key for item in stream]
+
+
+def test_whole_shards_are_read_by_one_worker():
+    reads = Counter()
+
+    class Shard:
+        def __init__(self, number):
+            self.number = number
+
+        def __iter__(self):
+            reads[self.number] += 1
+            return iter(tiny_samples(1))
+
+    source = mock.Mock(shards=lambda: [Shard(i) for i in range(7)])
+    for worker in range(3):
+        share_keys(source, 0, 1, worker, 3)
+    assert reads == {**dict.fromkeys(range(6), 1), 6: 3}
+
+
+def bad_source():
+    samples = tiny_samples(9)
+    samples[3] = Sample("k3", b"no image", 1, shard="1.tar")
+    parts = [samples[:3], samples[3:6], samples[6:]]
+    parts[2].insert(1, SampleError("has no label", key="x", shard="2.tar"))
+    return Listed(parts)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_stops_and_is_named(workers):
+    with pytest.raises(VlkrError) as caught:
+        list(evaluation_loader(bad_source(), pixels, 2, workers))
+    assert str(caught.value) in (
+        "1.tar, sample 'k3' is no image in a format that is known",
+        "2.tar, sample 'x' has no label",
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_counted_over_all_workers(workers):
+    loader = evaluation_loader(bad_source(), pixels, 2, workers, max_bad=2)
+    with pytest.warns(UserWarning, match=r"^2 bad samples were skipped; the first: [12]\.tar, s"):
+        keys = [key for batch in loader for key in batch.keys]
+    assert sorted(keys) == [f"k{i}" for i in (0, 1, 2, 4, 5, 6, 7, 8)]
+    with pytest.raises(VlkrError, match=r"^more than 1 bad samples; the last: [12]\.tar, sample"):
+        list(evaluation_loader(bad_source(), pixels, 2, workers, max_bad=1))
+
+
+def test_good_samples_bring_no_warning():
+    loader = evaluation_loader(dealt(tiny_samples(4), 2), pixels, 2, 0, max_bad=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(loader, DataLoader)
+        assert len(list(loader)) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_shard_ends_in_an_error_and_no_short_epoch(workers):
+    source = dealt(tiny_samples(20), 7)
+    source.parts[5].insert(1, VlkrError("cannot read shard 5.tar: it is cut"))
+    with pytest.raises(VlkrError, match=r"^cannot read shard 5\.tar: it is cut$"):
+        list(evaluation_loader(source, pixels, 2, workers, max_bad=100))
+
+
+def test_tiny_images_tell_their_number():
+    image = decode_image(Sample("k", tiny_image(300, pad=10), 0))
+    assert image.getpixel((0, 0)) == (44, 1, 0)

@@ -1,151 +1,112 @@
 import io
-import tarfile
+import os
+import pickle
 
+import numpy as np
 import pytest
-from helpers import COLORS, color_image, write_images, write_shards, write_tar
+from helpers import COLORS, color_image, write_images
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.datasets import FakeData, ImageFolder
 
-from vlkr.datasets import FolderSource, ShardSource
-from vlkr.datasets.sources import image_files, unit_hash
-from vlkr.errors import VlkrError
+from vlkr.datasets import Dataset, FileSource, Sample, sources
+from vlkr.datasets.images import decode_image
+from vlkr.datasets.sources import (
+    DomainSource,
+    ImageFile,
+    chunks,
+    is_safe_path,
+    skip_bad,
+    unit_hash,
+)
+from vlkr.datasets.torchvision import TorchvisionSource
+from vlkr.errors import SampleError, VlkrError
 
-NAMES = tuple(COLORS)
+
+def files(root, per_class=4):
+    write_images(root, per_class)
+    names = [f"{name}/{i}.png" for name in COLORS for i in range(per_class)]
+    return FileSource(
+        root,
+        [
+            ImageFile(n, list(COLORS).index(n.split("/")[0]), "ab"[i % 2])
+            for i, n in enumerate(names)
+        ],
+    )
 
 
-@pytest.mark.parametrize("shards", [1, 2, 5])
-def test_shards_give_every_sample_once_and_in_the_same_order(tmp_path, shards):
-    source = ShardSource(write_shards(tmp_path / "d", shards=shards) / "train", 3)
+def collect(source):
+    bad = []
+    return list(skip_bad(source, bad.append)), bad
+
+
+def test_files_give_their_bytes_in_order(tmp_path):
+    source = files(tmp_path / "d")
     samples = list(source)
     assert list(source) == samples
-    expected = {
-        (f"s{c}_{i}", color_image(name, 100 * c + i), c)
-        for c, name in enumerate(NAMES)
-        for i in range(8)
-    }
-    assert {(s.key, s.image, s.label) for s in samples} == expected
-    assert len(samples) == len(expected)
+    assert [s.key for s in samples] == [f"{name}/{i}.png" for name in COLORS for i in range(4)]
+    assert all(s.image == (tmp_path / "d" / s.key).read_bytes() for s in samples)
+    assert [s.label for s in samples] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [s.domain for s in samples] == ["a", "b"] * 6
 
 
-def test_shards_without_a_count_are_found_by_name(tmp_path):
-    folder = write_shards(tmp_path / "d") / "train"
-    counted = list(ShardSource(folder, 3))
-    (folder / "nshards.txt").unlink()
-    assert list(ShardSource(folder, 3)) == counted
-
-
-def test_reading_only_the_first_samples_closes_the_shard(tmp_path):
-    source = ShardSource(write_shards(tmp_path / "d") / "train", 3)
-    samples = iter(source)
-    next(samples)
-    del samples  # an open file would be a ResourceWarning, which is an error here
-
-
-def damage(shard, size):
-    shard.write_bytes(shard.read_bytes()[:size])
-
-
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        (lambda d: damage(d / "1.tar", 700), r"cannot read shard .*1\.tar: unexpected end of data"),
-        (lambda d: damage(d / "1.tar", 512), r"cannot read shard .*1\.tar: unexpected end of data"),
-        (lambda d: damage(d / "1.tar", 0), r"cannot read shard .*1\.tar: empty file"),
-        (lambda d: (d / "1.tar").write_bytes(b"no tar " * 999), r"read shard .*1\.tar: invalid"),
-        (lambda d: (d / "1.tar").unlink(), r"shard .*1\.tar is missing, .*nshards\.txt counts 2"),
-        (lambda d: (d / "nshards.txt").write_text("two"), "holds 'two', expected the number"),
-        (lambda d: (d / "nshards.txt").write_text("0"), "holds '0', expected the number"),
-        (lambda d: write_tar(d / "0.tar", [("k", b"", 3)]), "'k': label 3, expected below 3"),
-        (lambda d: write_tar(d / "0.tar", [("k", b"", -1)]), "expected .cls with an integer"),
-        (lambda d: write_tar(d / "0.tar", [("k", b"", 1.5)]), "expected .cls with an integer"),
-        (lambda d: write_tar(d / "0.tar", [("k.x", b"", 1)]), "'k': no image, expected one of"),
-    ],
-)
-def test_damaged_shards_are_told_by_name(tmp_path, harm, message):
-    folder = write_shards(tmp_path / "d") / "train"
-    harm(folder)
-    with pytest.raises(VlkrError, match=message):
-        list(ShardSource(folder, 3))
-
-
-def test_shard_that_lost_its_last_label(tmp_path):
-    folder = tmp_path / "train"
-    folder.mkdir()
-    with tarfile.open(folder / "0.tar", "w") as archive:
-        entry = tarfile.TarInfo("k.png")
-        archive.addfile(entry, io.BytesIO())
-    with pytest.raises(VlkrError, match=r"'k': label None, expected \.cls"):
-        list(ShardSource(folder, 3))
-
-
-def test_no_shards(tmp_path):
-    with pytest.raises(VlkrError, match="no shards in"):
-        list(ShardSource(tmp_path, 3))
-
-
-def test_nothing_in_a_shard_is_unpickled(tmp_path):
-    folder = tmp_path / "train"
-    folder.mkdir()
-    with tarfile.open(folder / "0.tar", "w") as archive:
-        contents = {
-            "k.pkl": b"cos\nabort\n(tR.",  # ends the process when it is unpickled
-            "k.pyd": b"cos\nabort\n(tR.",
-            "k.png": b"image",
-            "k.cls": b"1",
-        }
-        for name, content in contents.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    (sample,) = ShardSource(folder, 3)
-    assert (sample.key, sample.image, sample.label) == ("k", b"image", 1)
-
-
-def test_folder_gives_every_image_once(tmp_path):
-    root = write_images(tmp_path / "d", per_class=4)
-    (root / "red" / "deeper").mkdir()
-    (root / "red" / "deeper" / "UPPER.PNG").write_bytes(b"x")
-    (root / "red" / "notes.txt").write_text("no image")
-    (root / "red" / "._0.png").write_text("a resource fork, as macOS leaves them")
-    samples = list(FolderSource(root, NAMES))
-    keys = {f"{name}/{i}.png" for name in NAMES for i in range(4)} | {"red/deeper/UPPER.PNG"}
-    assert [s.key for s in samples] == [
-        *sorted(k for k in keys if k.startswith("red")),
-        *(f"green/{i}.png" for i in range(4)),
-        *(f"blue/{i}.png" for i in range(4)),
+def test_a_file_that_cannot_be_used_is_told_and_the_next_ones_follow(tmp_path, monkeypatch):
+    source = files(tmp_path / "d")
+    root = tmp_path / "d"
+    (root / "red" / "1.png").unlink()
+    (root / "red" / "2.png").unlink()
+    os.mkfifo(root / "red" / "2.png")
+    (root / "green" / "0.png").write_bytes(bytes(5000))
+    monkeypatch.setattr(sources, "MAX_BYTES", 4000)
+    samples, bad = collect(source)
+    assert [error.key for error in bad] == ["red/1.png", "red/2.png", "green/0.png"]
+    assert str(bad[0]).startswith("sample 'red/1.png' cannot be read from ")
+    assert str(bad[0]).endswith("red/1.png: No such file or directory")
+    assert [str(error) for error in bad[1:]] == [
+        "sample 'red/2.png' is not a file",
+        "sample 'green/0.png' has 5,000 bytes, more than the 4,000 allowed",
     ]
-    assert all(s.image == (root / s.key).read_bytes() for s in samples)
-    assert all(NAMES[s.label] == s.key.split("/")[0] for s in samples)
+    assert len(samples) == 9
+    with pytest.raises(SampleError, match=r"sample 'red/1\.png' cannot be read"):
+        list(source)
+
+
+@given(st.integers(0, 1000))
+def test_chunks_are_even_and_whole(length):
+    parts = chunks(range(length))
+    assert [i for part in parts for i in part] == list(range(length))
+    assert len(parts) == min(length, 256)
+    assert length == 0 or max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_shards_of_every_source_add_up(tmp_path):
+    source = files(tmp_path / "d")
+    images = FakeData(size=5, image_size=(3, 4, 4))
+    for whole in (source, DomainSource(source, ["a"]), TorchvisionSource(images, 10)):
+        parts = whole.shards()
+        assert [sample for part in parts for sample in part] == list(whole)
+        assert list(pickle.loads(pickle.dumps(parts[-1]))) == list(parts[-1])
+
+
+def test_domains_are_chosen(tmp_path):
+    source = files(tmp_path / "d")
+    expected = [s for s in source if s.domain == "b"]
+    assert len(expected) == 6
+    assert list(DomainSource(source, ["b"])) == list(source.only(["b"])) == expected
+    (tmp_path / "d" / "red" / "1.png").unlink()
+    samples, bad = collect(DomainSource(source, ["b"]))
+    assert (samples, [error.key for error in bad]) == (expected[1:], ["red/1.png"])
 
 
 def test_held_out_part_is_the_rest_and_follows_the_names_alone(tmp_path):
-    root = write_images(tmp_path / "d", per_class=40)
-    train = {s.key for s in FolderSource(root, NAMES, held_out=False, fraction=0.25)}
-    test = {s.key for s in FolderSource(root, NAMES, held_out=True, fraction=0.25)}
+    source = files(tmp_path / "d", per_class=40)
+    train, test = ({f.path for f in part.files} for part in source.held_out(0.25))
     assert not train & test
     assert len(train | test) == 120
     assert 15 < len(test) < 45  # 30 expected, standard deviation 4.7
-    (root / "red" / "39.png").unlink()
-    (root / "red" / "0.png").write_bytes(b"another image")
-    fewer = {s.key for s in FolderSource(root, NAMES, held_out=True, fraction=0.25)}
-    assert fewer == test - {"red/39.png"}
-
-
-def test_empty_class_is_told(tmp_path):
-    root = write_images(tmp_path / "d", per_class=1)
-    (root / "blue" / "0.png").unlink()
-    with pytest.raises(VlkrError, match=r"class 'blue' is empty: no image in .*blue"):
-        list(FolderSource(root, NAMES))
-    assert image_files(root / "blue") == []
-
-
-def test_image_that_cannot_be_read_is_told(tmp_path, monkeypatch):
-    root = write_images(tmp_path / "d", per_class=1)
-
-    def refuse(path):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(type(root), "read_bytes", refuse)
-    with pytest.raises(VlkrError, match=r"cannot read .*red/0\.png: Permission denied"):
-        list(FolderSource(root, NAMES))
+    fewer = FileSource(source.root, [f for f in source.files if f.path != "red/39.png"][::-1])
+    assert {f.path for f in fewer.held_out(0.25)[1].files} == test - {"red/39.png"}
 
 
 def test_unit_hash_is_uniform_and_seeded():
@@ -154,3 +115,102 @@ def test_unit_hash_is_uniform_and_seeded():
     assert 0.99 < max(values) < 1
     assert abs(sum(values) / 2000 - 0.5) < 0.03  # standard error 0.0065
     assert len({unit_hash("key", seed) for seed in (None, 0, 1, 2)}) == 4
+
+
+@pytest.mark.parametrize("path", ["a", "a/b.png", "./a", "a..b/c", "..a", "a/b:c"])
+def test_safe_paths(path):
+    assert is_safe_path(path)
+
+
+@pytest.mark.parametrize("path", ["", "/a", "..", "../a", "a/../b", "a/..", "a\\..\\b", "a\0b"])
+def test_paths_that_lead_out(path):
+    assert not is_safe_path(path)
+
+
+def test_error_names_what_it_knows():
+    texts = {
+        "is bad": SampleError("is bad"),
+        "sample 'k' is bad": SampleError("is bad", key="k"),
+        "s.tar, sample 'k' is bad": SampleError("is bad", key="k", shard="s.tar"),
+    }
+    for text, error in texts.items():
+        again = pickle.loads(pickle.dumps(error))
+        assert str(error) == str(again) == text
+        assert (again.reason, again.key, again.shard) == (error.reason, error.key, error.shard)
+
+
+def test_torchvision_folder_gives_the_files_own_bytes(tmp_path):
+    root = write_images(tmp_path / "d", per_class=3)
+    dataset = Dataset.from_torchvision({"train": ImageFolder(root)}, name="colors")
+    assert (dataset.name, dataset.class_names) == ("colors", tuple(sorted(COLORS)))
+    samples = list(dataset.source("train"))
+    expected = [path.read_bytes() for path in sorted(root.glob("*/*.png"))]
+    assert [s.image for s in samples] == expected
+    assert [s.label for s in samples] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [s.key for s in samples] == [f"{i:07d}" for i in range(9)]
+
+
+class Pictures:
+    """A dataset object like torchvision's, of images in memory."""
+
+    classes = ("cat", "dog")
+
+    def __init__(self, images, labels, transform=None):
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index], self.labels[index]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "I;16", "CMYK"])
+def test_images_in_memory_are_encoded_without_loss(mode):
+    values = np.random.default_rng(0).integers(0, 256, (6, 5, 4)).astype(np.uint8)
+    image = Image.fromarray(values[..., 0].astype(np.uint16) * 257) if mode == "I;16" else None
+    image = image or Image.fromarray(values[..., :3]).convert(mode)
+    dataset = Dataset.from_torchvision({"test": Pictures([image], [1])})
+    (sample,) = dataset.source("test")
+    assert (sample.key, sample.label, dataset.name) == ("0000000", 1, "Pictures")
+    again = Image.open(io.BytesIO(sample.image))
+    np.testing.assert_array_equal(np.asarray(again.convert(image.mode)), np.asarray(image))
+    assert decode_image(sample).size == (5, 6)
+
+
+def test_labels_out_of_range_are_told():
+    image = Image.new("RGB", (2, 2))
+    source = TorchvisionSource(Pictures([image] * 4, [0, 2, -1, 1]), 2)
+    samples, bad = collect(source)
+    assert [s.label for s in samples] == [0, 1]
+    assert [str(error) for error in bad] == [
+        "sample '0000001' has label 2, expected below 2",
+        "sample '0000002' has label -1, expected below 2",
+    ]
+
+
+def test_target_transform_counts(tmp_path):
+    root = write_images(tmp_path / "d", per_class=1)
+    images = ImageFolder(root, target_transform=lambda label: 2 - label)
+    assert [s.label for s in TorchvisionSource(images, 3)] == [2, 1, 0]
+
+
+def test_objects_that_do_not_fit(tmp_path):
+    image = Image.new("RGB", (2, 2))
+    with pytest.raises(VlkrError, match="dataset Pictures has a transform; leave it out"):
+        TorchvisionSource(Pictures([image], [0], transform=lambda x: x), 2)
+    with pytest.raises(VlkrError, match="item 0 of dataset Pictures is a bytes, expected a PIL"):
+        list(TorchvisionSource(Pictures([b"x"], [0]), 2))
+    with pytest.raises(VlkrError, match=r"splits are \['all'\], expected some of train, val, test"):
+        Dataset.from_torchvision({"all": Pictures([], [])})
+    other = Pictures([image], [0])
+    other.classes = ("cat", "cow")
+    with pytest.raises(VlkrError, match="do not tell the same classes; give class_names"):
+        Dataset.from_torchvision({"train": Pictures([image], [0]), "test": other})
+    with pytest.raises(VlkrError, match="do not tell the same classes; give class_names"):
+        Dataset.from_torchvision({"train": FakeData(size=1)})
+
+
+def test_samples_compare_without_their_shard():
+    image = color_image("red", 0)
+    assert Sample("k", image, 1, shard="a") == Sample("k", image, 1, shard="b")

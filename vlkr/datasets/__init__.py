@@ -3,14 +3,15 @@
 from vlkr.datasets.datamodule import DataOptions, FewShotDataModule
 from vlkr.datasets.few_shot import FewShotSplit, few_shot_split
 from vlkr.datasets.registry import Dataset, load_dataset
-from vlkr.datasets.sources import FolderSource, Sample, ShardSource, Source
+from vlkr.datasets.shards import ShardSource
+from vlkr.datasets.sources import FileSource, Sample, Source
 
 __all__ = [
     "DataOptions",
     "Dataset",
     "FewShotDataModule",
     "FewShotSplit",
-    "FolderSource",
+    "FileSource",
     "Sample",
     "ShardSource",
     "Source",

@@ -4,64 +4,161 @@ from __future__ import annotations
 
 import heapq
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import cycle, islice
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice, pairwise
 
 from vlkr.datasets.sources import Sample, unit_hash
 from vlkr.errors import VlkrError
 
+# The draw's group of a sample: its label, and its domain where that matters.
+_Group = tuple[int, str]
+# Negated hash, key, number and sample: the smallest entry of a heap is the one to give up first.
+_Entry = tuple[float, str, int, Sample]
+
 
 @dataclass(frozen=True)
 class FewShotSplit:
-    """The samples to train on and to validate with, by label and then by hash."""
+    """The samples to train on and to validate with, by label, then domain, then hash.
+
+    Attributes:
+        train: a short class's samples are repeated.
+        val: never one of those to train on.
+        positions: by key, in the order of reading, if the images were more than memory may hold;
+            then ``image`` is empty in every sample. None if the samples have their images.
+    """
 
     train: list[Sample]
     val: list[Sample]
+    positions: Mapping[str, int] | None = None
 
 
 def few_shot_split(
-    samples: Iterable[Sample], class_names: Sequence[str], shots: int, seed: int
+    samples: Iterable[Sample],
+    class_names: Sequence[str],
+    shots: int,
+    seed: int,
+    *,
+    fraction: float | None = None,
+    val_fraction: float | None = None,
+    per_domain: bool = False,
+    max_bytes: float | None = None,
 ) -> FewShotSplit:
     """Chooses ``shots`` training and ``min(shots, 4)`` validation samples a class.
 
     A class's samples are ranked by a hash of seed and key, so the choice does not depend on the
     order or the sharding in which they are read, and that of fewer shots is part of that of more.
-    One pass; memory holds the best so far. A class that is short of samples trains on those it
-    has, repeated to ``shots`` as in CoOp, and gets fewer or no validation samples.
+    One pass; memory holds the best so far, and of these no more than ``max_bytes`` of images. A
+    class that is short of samples trains on those it has, repeated to ``shots`` as in CoOp, and
+    gets fewer or no validation samples. Shots that no class has are taken as the largest class's.
 
     Args:
         samples: the training split.
         class_names: by label.
         shots: training samples a class, at least 1.
         seed: of the split.
+        fraction: of each class's samples to train on, in place of ``shots``; rounded, at least
+            one a class. The samples of a smaller fraction are part of those of a larger one.
+        val_fraction: of the samples of each class and domain that are set aside to validate with
+            before the others are drawn, in place of ``min(shots, 4)`` (0.2 in DomainBed).
+        per_domain: draw ``shots`` or ``fraction`` from each class in each domain.
+        max_bytes: of encoded images kept; beyond it the split is told without images.
 
     Raises:
-        VlkrError: if ``shots`` is below 1, or a class has no sample.
+        VlkrError: if a number is out of range, or a class has no sample.
     """
+    _check(shots, fraction, val_fraction)
+    by_domain = per_domain or val_fraction is not None
+    limit = shots + min(shots, 4) if fraction is None and val_fraction is None else None
+    ranked, has_images = _rank(samples, seed, by_domain, limit, max_bytes)
+    missing = set(range(len(class_names))) - {label for label, _ in ranked}
+    if missing:
+        name = class_names[min(missing)]
+        raise VlkrError(f"class {name!r} is empty: the training split has no image of it")
+    val: dict[_Group, list[_Entry]] = defaultdict(list)
+    pools: dict[_Group, list[_Entry]] = defaultdict(list)
+    for (label, domain), entries in ranked.items():
+        held_out = min(round((val_fraction or 0) * len(entries)), len(entries) - 1)
+        first_val = len(entries) - held_out
+        val[label, domain] = entries[first_val:]
+        pools[label, domain if per_domain else ""] += entries[:first_val]
+    shots = _within_reach(pools, class_names, shots) if fraction is None else shots
+    train: list[_Entry] = []
+    for group, pool in sorted(pools.items()):
+        own = sorted(pool, reverse=True)
+        wanted = shots if fraction is None else max(1, round(fraction * len(own)))
+        train += islice(cycle(own[:wanted]), wanted)
+        if val_fraction is None:
+            val[group] += own[wanted : wanted + min(wanted, 4)]
+    held = [entry for _, group in sorted(val.items()) for entry in group]
+    positions = None if has_images else {key: i for _, key, i, _ in (*train, *held)}
+    return FewShotSplit([entry[-1] for entry in train], [entry[-1] for entry in held], positions)
+
+
+def _check(shots: int, fraction: float | None, val_fraction: float | None) -> None:
     if shots < 1:
         raise VlkrError(f"shots {shots} is too small, expected at least 1 image a class")
-    keep = shots + min(shots, 4)
-    # Heaps of the smallest hashes: negated, so that the largest kept one is on top.
-    kept: list[list[tuple[float, str, Sample]]] = [[] for _ in class_names]
-    for sample in samples:
-        entry = (-unit_hash(sample.key, seed), sample.key, sample)
-        heap = kept[sample.label]
-        if len(heap) < keep:
+    if fraction is not None and not 0 < fraction <= 1:
+        raise VlkrError(f"fraction {fraction} is out of range, expected above 0 and at most 1")
+    if val_fraction is not None and not 0 <= val_fraction < 1:
+        raise VlkrError(
+            f"validation fraction {val_fraction} is out of range, expected 0 or more, below 1"
+        )
+
+
+def _rank(
+    samples: Iterable[Sample],
+    seed: int,
+    by_domain: bool,
+    limit: int | None,
+    max_bytes: float | None,
+) -> tuple[dict[_Group, list[_Entry]], bool]:
+    """The first ``limit`` samples of each group by hash, and whether they have their images."""
+    heaps: dict[_Group, list[_Entry]] = defaultdict(list)
+    held, has_images = 0, True
+    for number, sample in enumerate(samples):
+        if not has_images:
+            sample = replace(sample, image=b"")
+        heap = heaps[sample.label, (sample.domain or "") if by_domain else ""]
+        entry = (-unit_hash(sample.key, seed), sample.key, number, sample)
+        if limit is None or len(heap) < limit:
             heapq.heappush(heap, entry)
-        elif entry > heap[0]:
-            heapq.heapreplace(heap, entry)
-    train: list[Sample] = []
-    val: list[Sample] = []
-    for name, heap in zip(class_names, kept, strict=True):
-        ranked = [sample for _, _, sample in sorted(heap, reverse=True)]
-        if not ranked:
-            raise VlkrError(f"class {name!r} is empty: the training split has no image of it")
-        if len(ranked) < shots:
-            number = f"{len(ranked)} image{'s' if len(ranked) > 1 else ''}"
-            warnings.warn(
-                f"class {name!r} has {number} to train on, repeated to {shots} shots", stacklevel=2
+            held += len(sample.image)
+        else:
+            held += len(sample.image) - len(heapq.heappushpop(heap, entry)[-1].image)
+        if max_bytes is not None and held > max_bytes:
+            held, has_images = 0, False
+            for heap in heaps.values():
+                heap[:] = [(*entry[:3], replace(entry[3], image=b"")) for entry in heap]
+    ranked = {group: sorted(heap, reverse=True) for group, heap in heaps.items()}
+    for entries in ranked.values():
+        for (_, key, _, _), (_, other, _, _) in pairwise(entries):
+            if key == other:
+                raise VlkrError(f"key {key!r} occurs twice in the training split")
+    return ranked, has_images
+
+
+def _within_reach(pools: dict[_Group, list[_Entry]], class_names: Sequence[str], shots: int) -> int:
+    """At most the largest pool's size; one warning tells what is short."""
+    sizes = Counter({group: len(entries) for group, entries in pools.items()})
+    most = min(shots, max(sizes.values()))
+    short = sorted((size, group) for group, size in sizes.items() if size < shots)
+    if short:
+        size, (label, domain) = short[0]
+        name = repr(class_names[label]) + (f" of domain {domain!r}" if domain else "")
+        number = f"{size} image{'s' if size > 1 else ''}"
+        if most < shots:
+            taken = f"{most} shot{'s' if most > 1 else ''}"
+            text = f"no class has {shots} images to train on: taken as {taken}"
+            if size < most:
+                text += f", repeated in smaller classes (class {name} has {number})"
+        elif len(short) == 1:
+            text = f"class {name} has {number} to train on, repeated to {shots} shots"
+        else:
+            text = (
+                f"{len(short)} classes have fewer than {shots} images to train on, repeated to "
+                f"{shots} shots; fewest: class {name} has {number}"
             )
-        train += islice(cycle(ranked[:shots]), shots)
-        val += ranked[shots:]
-    return FewShotSplit(train, val)
+        warnings.warn(text, stacklevel=3)
+    return most

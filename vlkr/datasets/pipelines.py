@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice, repeat
+from multiprocessing import Array, Value
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
-from torchvision.transforms import v2
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    default_collate,
+    get_worker_info,
+)
 
-from vlkr.datasets.sources import Sample, Source
-from vlkr.errors import VlkrError
-
-Transform = Callable[[Image.Image], Tensor]
+from vlkr.datasets.images import decode_image as decode_image
+from vlkr.datasets.parallel import without_traceback
+from vlkr.datasets.sharing import process_place, shared_out
+from vlkr.datasets.sources import Sample, Source, skip_bad
+from vlkr.datasets.transforms import TrainTransform, Transform, seeded, to_tensor, with_table
+from vlkr.errors import SampleError, VlkrError
 
 
 class Batch(NamedTuple):
@@ -26,77 +36,131 @@ class Batch(NamedTuple):
         images: ``(batch, 3, height, width)``.
         labels: ``(batch)``, int64.
         keys: of the samples.
+        domains: of the samples, None where the data does not tell.
     """
 
     images: Tensor
     labels: Tensor
     keys: list[str]
+    domains: list[str | None]
 
 
-def decode_image(sample: Sample) -> Image.Image:
-    """Decodes to RGB.
+class Item(NamedTuple):
+    """One image of a :class:`Batch`."""
 
-    Raises:
-        VlkrError: naming the sample, if its bytes are no whole image.
-    """
-    try:
-        with Image.open(io.BytesIO(sample.image)) as image:
-            rgb: Image.Image = image.convert("RGB")
-            return rgb
-    except UnidentifiedImageError as error:
-        raise VlkrError(f"sample {sample.key!r} is no image in a format that is known") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VlkrError(f"sample {sample.key!r} is a corrupt image: {error}") from error
+    image: Tensor
+    label: int
+    key: str
+    domain: str | None = None
 
 
-def train_transform(
-    size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str,
-    crop_scale: tuple[float, float],
-    flip: bool,
-) -> Transform:
-    """Random resized crop, flip if asked, and the model's own normalisation.
+class BadSamples:
+    """Counts the samples that cannot be used, over all workers of a loader.
 
     Args:
-        size: height and width in pixels.
-        mean: per channel, of pixels in [0, 1].
-        std: likewise.
-        interpolation: ``"bicubic"``, ``"bilinear"``, ... as open_clip names it.
-        crop_scale: smallest and largest area of the crop, relative to the image.
-        flip: flip half of the images horizontally.
+        max_bad: how many are skipped; one more is an error.
     """
-    mode = v2.InterpolationMode.BICUBIC if interpolation == "random" else interpolation
-    steps: list[Any] = [
-        v2.RandomResizedCrop(
-            size, scale=crop_scale, interpolation=v2.InterpolationMode(mode), antialias=True
-        )
-    ]
-    if flip:
-        steps.append(v2.RandomHorizontalFlip())
-    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-    transform: Transform = v2.Compose(steps)
-    return transform
+
+    def __init__(self, max_bad: int = 0) -> None:
+        self.max_bad = max_bad
+        self._count = Value("q", 0)
+        self._first: Any = Array("c", 500)
+
+    def add(self, error: SampleError) -> None:
+        """Counts one.
+
+        Raises:
+            VlkrError: if these are more than ``max_bad``.
+        """
+        with self._count.get_lock():
+            self._count.value += 1
+            count = self._count.value
+        if count == 1:
+            self._first.value = str(error).encode()[:500]
+        if count > self.max_bad:
+            if self.max_bad == 0:
+                raise error
+            raise VlkrError(f"more than {self.max_bad} bad samples; the last: {error}") from error
+
+    def warn(self) -> None:
+        """Tells how many were skipped, if any, and starts anew."""
+        count = self._count.value
+        if count:
+            plural = "s were" if count > 1 else " was"
+            first = self._first.value.decode(errors="replace")
+            warnings.warn(f"{count} bad sample{plural} skipped; the first: {first}", stacklevel=2)
+        self._count.value = 0
 
 
-class FewShotImages(Dataset[tuple[Tensor, int, str]]):
-    """Few samples in memory, decoded once; an item is an index and the seed of its augmentation."""
+class FewShotImages(Dataset[Item | None]):
+    """Few samples in memory, decoded once; an item is an index and the seed of its augmentation.
 
-    def __init__(self, samples: Sequence[Sample], transform: Transform) -> None:
-        self.images = [decode_image(sample) for sample in samples]
-        self.labels = [sample.label for sample in samples]
-        self.keys = [sample.key for sample in samples]
+    Args:
+        samples: with their encoded images.
+        transform: of 8-bit tensors to train, or of PIL images.
+        max_bytes: of decoded images; more are kept encoded and decoded at each use.
+        bad: told of samples that cannot be decoded. They are left out, or None as items if they
+            are found later.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        transform: Transform | TrainTransform,
+        max_bytes: float = float("inf"),
+        bad: BadSamples | None = None,
+    ) -> None:
         self.transform = transform
+        self.bad = bad or BadSamples()
+        self.samples: list[Sample] = []
+        self.images: list[Tensor] | None = []
+        decoded: dict[str, Tensor | None] = {}  # a repeated sample is kept once
+        self.nbytes = 0
+        for sample in samples:
+            if sample.key not in decoded:
+                image = decoded[sample.key] = self._decode(sample)
+                self.nbytes += 0 if image is None else image.nbytes
+            if self.nbytes > max_bytes:
+                self.samples, self.images = list(samples), None
+                self.nbytes = sum(len(sample.image) for sample in samples)
+                return
+            if (image := decoded[sample.key]) is not None:
+                self.samples.append(replace(sample, image=b""))
+                self.images.append(image)
+
+    @property
+    def keys(self) -> list[str]:
+        """Of the samples, in order."""
+        return [sample.key for sample in self.samples]
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.samples)
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int, str]:
+    def __getitem__(self, item: tuple[int, int]) -> Item | None:
         index, seed = item
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return self.transform(self.images[index]), self.labels[index], self.keys[index]
+        sample = self.samples[index]
+        image = self._decode(sample) if self.images is None else self.images[index]
+        return None if image is None else transformed(sample, image, self.transform, seed)
+
+    def _decode(self, sample: Sample) -> Tensor | None:
+        try:
+            return to_tensor(decode_image(sample))
+        except SampleError as error:
+            self.bad.add(error)
+            return None
+
+
+def transformed(
+    sample: Sample, image: Tensor, transform: Transform | TrainTransform, seed: int
+) -> Item:
+    """An item of a decoded image ``(3, height, width)``, augmented as ``seed`` tells."""
+    with seeded(seed):
+        tensor = (
+            transform(image)
+            if isinstance(transform, TrainTransform)
+            else transform(Image.fromarray(image.permute(1, 2, 0).numpy()))
+        )
+    return Item(tensor, sample.label, sample.key, sample.domain)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -123,15 +187,19 @@ class EpochSampler(Sampler[tuple[int, int]]):
         world_size: int = 1,
     ) -> None:
         self.num_samples = num_samples
+        self.batch_size = batch_size
         self.steps = max(min_steps, -(-num_samples // (batch_size * world_size)))
         self.local_size = self.steps * batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        self.start = 0
+        """Batches of the epoch that are left out, for they were seen before a checkpoint."""
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning at the start of each epoch."""
+        self.start = self.start if epoch == self.epoch else 0
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -143,36 +211,91 @@ class EpochSampler(Sampler[tuple[int, int]]):
         permutations = (torch.randperm(self.num_samples, generator=generator) for _ in repeat(None))
         order = list(islice(chain.from_iterable(p.tolist() for p in permutations), total))
         seeds = torch.randint(2**62, (total,), generator=generator).tolist()
-        return iter(list(zip(order, seeds, strict=True))[self.rank :: self.world_size])
+        own = list(zip(order, seeds, strict=True))[self.rank :: self.world_size]
+        return iter(own[self.start * self.batch_size :])
 
 
-class SampleStream(IterableDataset[tuple[Tensor, int, str]]):
-    """A split as a stream of tensors, shared out among a loader's workers without loss."""
+def collate(items: Sequence[Item | None]) -> Batch:
+    """Stacks items into a :class:`Batch`.
 
-    def __init__(self, source: Source, transform: Transform) -> None:
+    The place of a bad sample, None, is taken by others of the batch, so that the batches of an
+    epoch keep their number and sizes on every process.
+
+    Raises:
+        VlkrError: if all are bad.
+    """
+    good = [item for item in items if item is not None]
+    if not good:
+        raise VlkrError(f"each of the {len(items)} samples of a batch is bad")
+    filled = [item if item is not None else good[i % len(good)] for i, item in enumerate(items)]
+    images, labels, keys, domains = zip(*(Item(*item) for item in filled), strict=True)
+    # torch's own collation stacks straight into shared memory in a worker.
+    return Batch(default_collate(list(images)), torch.tensor(labels), list(keys), list(domains))
+
+
+class SampleStream(IterableDataset[Item]):
+    """A split as a stream of tensors, each sample once over all processes and workers."""
+
+    def __init__(self, source: Source, transform: Transform, bad: BadSamples) -> None:
         self.source = source
-        self.transform = transform
+        self.transform = with_table(transform)
+        self.bad = bad
+        self.place = process_place()
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int, str]]:
+    def __iter__(self) -> Iterator[Item]:
         worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for sample in islice(self.source, first, None, step):
-            yield self.transform(decode_image(sample)), sample.label, sample.key
+        rank, processes = self.place
+        workers = worker.num_workers if worker else 1
+        index = rank * workers + (worker.id if worker else 0)
+        for sample in skip_bad(shared_out(self.source, index, processes * workers), self.bad.add):
+            try:
+                image = decode_image(sample)
+            except SampleError as error:
+                self.bad.add(error)
+                continue
+            yield Item(self.transform(image), sample.label, sample.key, sample.domain)
 
 
-def collate(items: list[tuple[Tensor, int, str]]) -> Batch:
-    """Stacks items into a :class:`Batch`."""
-    images, labels, keys = zip(*items, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), list(keys))
+class EvaluationLoader(DataLoader[Batch]):
+    """Batches of a split's samples; tells of bad ones at its end."""
+
+    def __init__(self, stream: SampleStream, batch_size: int, num_workers: int) -> None:
+        super().__init__(
+            stream,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=collate,
+        )
+        self.bad = stream.bad
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        yield from without_traceback(super().__iter__())
+        self.bad.warn()
 
 
 def evaluation_loader(
-    source: Source, transform: Transform, batch_size: int, num_workers: int
+    source: Source,
+    transform: Transform,
+    batch_size: int,
+    num_workers: int,
+    *,
+    max_bad: int = 0,
 ) -> DataLoader[Batch]:
-    """Batches of every sample of ``source``, each exactly once."""
-    return DataLoader[Any](
-        SampleStream(source, transform),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=collate,
+    """Batches of every sample of ``source``, each exactly once.
+
+    Where torch.distributed is up, each process has its share, without padding.
+
+    Args:
+        source: of the samples.
+        transform: PIL image to tensor.
+        batch_size: images at a time.
+        num_workers: processes that decode images; 0 does it in this one.
+        max_bad: samples that cannot be used are skipped and counted, up to so many.
+
+    Raises:
+        SampleError: for a bad sample, while iterating, if ``max_bad`` is 0.
+        VlkrError: for more than ``max_bad``.
+    """
+    return EvaluationLoader(
+        SampleStream(source, transform, BadSamples(max_bad)), batch_size, num_workers
     )

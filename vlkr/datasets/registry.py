@@ -1,20 +1,27 @@
-"""Datasets by name or by path: class names, templates and splits."""
+"""Datasets by name or by place: class names, templates, domains and splits."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from vlkr.datasets.sources import FolderSource, ShardSource, Source, image_files
+from vlkr.datasets.cards import Card, card_names, load_card, resolve
+from vlkr.datasets.folders import SPLITS, Listing, read_folder
+from vlkr.datasets.layout import holds_shards, read_layout
+from vlkr.datasets.matching import matched
+from vlkr.datasets.roots import LocalRoot, Root, is_address, open_root
+from vlkr.datasets.sources import DomainSource, FileSource, Source
+from vlkr.datasets.tables import TABLES, read_table
+from vlkr.datasets.torchvision import TorchvisionSource
 from vlkr.errors import VlkrError
 from vlkr.files import resource
 
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
-_SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -27,8 +34,10 @@ class Dataset:
         templates: prompts with the placeholder ``{c}``.
         splits: sources by ``"train"``, ``"val"``, ``"test"``.
         template_set: where the templates come from, for captions.
-        shifts: names of the datasets that shift this one's domain.
-        sizes: images per split, where the card tells.
+        shifts: names of the datasets at hand that shift this one's domain.
+        sizes: images per split, where that is known.
+        domains: names of the samples' domains, if they have some.
+        template_sets: the card's sets of templates by name, or where to find them.
     """
 
     name: str
@@ -38,6 +47,8 @@ class Dataset:
     template_set: str
     shifts: tuple[str, ...] = ()
     sizes: Mapping[str, int] = field(default_factory=dict)
+    domains: tuple[str, ...] = ()
+    template_sets: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
 
     def source(self, split: str) -> Source:
         """The samples of a split.
@@ -51,48 +62,135 @@ class Dataset:
             )
         return self.splits[split]
 
+    def only(self, domains: Collection[str]) -> Dataset:
+        """The same dataset with the samples of some domains only, the rest of it unchanged.
+
+        Raises:
+            VlkrError: if it has no such domain, or none is given.
+        """
+        for domain in domains:
+            if domain not in self.domains:
+                known = f"it has {', '.join(self.domains)}" if self.domains else "it has none"
+                raise VlkrError(f"dataset {self.name!r} has no domain {domain!r}; {known}")
+        kept = tuple(domain for domain in self.domains if domain in domains)
+        if not kept:
+            raise VlkrError(f"no domain of dataset {self.name!r} given")
+        splits = {
+            name: source.only(kept)
+            if isinstance(source, FileSource)
+            else DomainSource(source, kept)
+            for name, source in self.splits.items()
+        }
+        return replace(self, splits=splits, sizes={}, domains=kept)
+
+    def with_template_set(self, name: str) -> Dataset:
+        """The same dataset with another of its card's sets of templates."""
+        templates = resolve(self.template_sets[name])
+        check_templates(templates)
+        return replace(self, templates=templates, template_set=f"{name} ({len(templates)})")
+
+    @classmethod
+    def from_torchvision(
+        cls,
+        splits: Mapping[str, Any],
+        *,
+        name: str | None = None,
+        class_names: Sequence[str] | None = None,
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
+    ) -> Dataset:
+        """Wraps classification datasets that give PIL images and integers.
+
+        Args:
+            splits: dataset objects by ``"train"``, ``"val"``, ``"test"``, without transforms.
+            name: for captions; the class's name by default.
+            class_names: by label; their ``classes`` by default.
+            templates: prompts with ``{c}``.
+
+        Raises:
+            VlkrError: for another split, a dataset with a transform, or class names that are
+                missing or differ between the splits.
+
+        >>> import torchvision.datasets
+        >>> images = torchvision.datasets.FakeData(size=4, num_classes=2)
+        >>> dataset = Dataset.from_torchvision({"test": images}, class_names=["cat", "dog"])
+        >>> [sample.key for sample in dataset.source("test")]
+        ['0000000', '0000001', '0000002', '0000003']
+        """
+        if not splits or not set(splits) <= set(SPLITS):
+            raise VlkrError(f"splits are {list(splits)}, expected some of {', '.join(SPLITS)}")
+        check_templates(tuple(templates))
+        if class_names is None:
+            lists = [tuple(map(str, getattr(d, "classes", ()))) for d in splits.values()]
+            if not lists[0] or any(names != lists[0] for names in lists):
+                raise VlkrError("the datasets do not tell the same classes; give class_names")
+            class_names = lists[0]
+        sources = {
+            split: TorchvisionSource(dataset, len(class_names)) for split, dataset in splits.items()
+        }
+        return cls(
+            name or type(next(iter(splits.values()))).__name__,
+            tuple(class_names),
+            tuple(templates),
+            sources,
+            f"given ({len(templates)})",
+        )
+
 
 def load_dataset(
     reference: str | Path,
     *,
-    templates: tuple[str, ...] | None = None,
+    templates: Sequence[str] | None = None,
     test_fraction: float = 0.5,
+    allow_commands: bool = False,
 ) -> Dataset:
     """Finds a dataset.
 
     Args:
-        reference: a card's name (``"digits"``, as a string); a folder of webdataset shards with
-            ``classnames.txt``; or a folder of images, ``<class>/*`` or ``<split>/<class>/*``.
-        templates: prompts to use in place of the dataset's own.
-        test_fraction: of a folder without splits, the part that is held out as its test split.
+        reference: one of
+
+            - a card's name (as a string), whose data ships or lies in ``$VLKR_DATA/<name>``;
+            - a folder of images, ``<class>/*`` or ``<domain>/<class>/*``, or either below
+              ``<split>/``;
+            - a list of images, ``split_zhou_*.json`` (or the folder that holds it), ``*.csv`` or
+              ``*.jsonl``;
+            - a folder of webdataset shards in CLIP_benchmark's layout, also at ``https://...`` or
+              ``hf://datasets/org/name``, or by CLIP_benchmark's name, ``wds/imagenet-r``;
+            - ``NAME=PLACE``: one of the last three with a card's class names, prompts and shifts.
+        templates: prompts to use in place of the dataset's own, or the name of one of its card's
+            sets.
+        test_fraction: of images without splits, the part that is held out as their test split.
             Which images those are depends on their names alone.
+        allow_commands: let the place ``pipe:COMMAND`` run.
 
     Raises:
-        VlkrError: for an unknown name, a path that is missing, or a card that is not valid.
+        VlkrError: for an unknown name, a place that is missing or cannot be read, or a card that
+            is not valid or does not go with the data.
     """
     if not 0 < test_fraction < 1:
         raise VlkrError(f"test fraction {test_fraction} is out of range, expected between 0 and 1")
-    cards = {path.stem: path for path in sorted(resource("data").glob("*.yaml"))}
-    folder = Path(reference)
-    if isinstance(reference, str) and reference in cards:
-        dataset = _from_card(cards[str(reference)])
-    elif (folder / "classnames.txt").is_file():
-        dataset = _from_shards(folder)
-    elif folder.is_dir():
-        dataset = _from_folder(folder, test_fraction)
+    card, place = _find(reference)
+    if isinstance(place, str) or holds_shards(place):
+        root = open_root(place, allow_commands) if isinstance(place, str) else LocalRoot(place)
+        dataset = _from_shards(root, place, card)
     else:
-        near = difflib.get_close_matches(str(reference), cards, n=3)
-        known = f"did you mean {', '.join(near)}?" if near else f"cards: {', '.join(sorted(cards))}"
-        raise VlkrError(f"no dataset {str(reference)!r}: neither a folder nor a card; {known}")
+        listing = read_table(place) if place.suffix in TABLES else read_folder(place)
+        dataset = _from_listing(listing, place, card, test_fraction)
     if len(dataset.class_names) < 2:
         raise VlkrError(f"dataset {dataset.name!r} has one class only, expected two or more")
+    if card:
+        dataset = replace(dataset, template_sets=card.templates)
+        dataset = dataset.with_template_set(next(iter(card.templates)))
+    check_templates(dataset.templates)
     if templates is None:
         return dataset
+    if len(templates) == 1 and templates[0] in dataset.template_sets:
+        return dataset.with_template_set(templates[0])
     check_templates(templates)
-    return replace(dataset, templates=templates, template_set=f"given ({len(templates)})")
+    caption = f"given ({len(templates)})"
+    return replace(dataset, templates=tuple(templates), template_set=caption)
 
 
-def check_templates(templates: tuple[str, ...]) -> None:
+def check_templates(templates: Sequence[str]) -> None:
     """Raises :class:`VlkrError` unless every template has the placeholder ``{c}``."""
     if not templates:
         raise VlkrError("the list of templates is empty, expected e.g. 'a photo of a {c}.'")
@@ -101,68 +199,100 @@ def check_templates(templates: tuple[str, ...]) -> None:
             raise VlkrError(f"template {template!r} lacks the placeholder {{c}}")
 
 
-def _from_card(path: Path) -> Dataset:
-    try:
-        card = yaml.safe_load(path.read_text(encoding="utf-8"))
-        folder = path.parent / card["shards"]
-        class_names = tuple(str(name) for name in card["class_names"])
-        templates = tuple(str(template) for template in card["templates"])
-        sizes = {str(split): int(size) for split, size in card["splits"].items()}
-        shifts = tuple(str(name) for name in card.get("shifts", ()))
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise VlkrError(f"card {path} is not valid: {type(error).__name__} {error}") from error
-    check_templates(templates)
-    splits = {split: ShardSource(folder / split, len(class_names)) for split in sizes}
-    template_set = f"{path.stem} card ({len(templates)})"
-    return Dataset(path.stem, class_names, templates, splits, template_set, shifts, sizes)
+def _find(reference: str | Path) -> tuple[Card | None, str | Path]:
+    """The card that a reference names, if any, and the address or path of the data."""
+    if isinstance(reference, Path):
+        return None, _path(reference)
+    cards = card_names()
+    name, _, place = reference.partition("=")
+    if name not in cards:
+        if is_address(reference):
+            return None, reference
+        if not Path(reference).exists():
+            near = difflib.get_close_matches(name, cards, n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else "vlkr data list shows the cards"
+            raise VlkrError(f"no dataset {reference!r}: neither a path nor a card; {hint}")
+        return None, _path(Path(reference))
+    card = load_card(name)
+    if place:
+        return card, place if is_address(place) else _path(Path(place))
+    own = own_place(card)
+    if own is None:
+        hub = f", or {name}={card.wds} to stream it" if card.wds else ""
+        raise VlkrError(
+            f"{name} is known ({card.title}) but its data is not here: give its place, "
+            f"{name}=DIR{hub}, or put it at $VLKR_DATA/{name}"
+        )
+    return card, _path(own)
 
 
-def _from_shards(folder: Path) -> Dataset:
-    class_names = _lines(folder / "classnames.txt")
-    if not class_names:
-        raise VlkrError(f"{folder / 'classnames.txt'} is empty, expected a class name a line")
-    template_file = folder / "zeroshot_classification_templates.txt"
-    templates = _lines(template_file) if template_file.is_file() else DEFAULT_TEMPLATES
-    check_templates(templates)
-    splits = {
-        split: ShardSource(folder / split, len(class_names))
-        for split in _SPLITS
-        if (folder / split).is_dir()
-    }
-    if not splits:
-        raise VlkrError(f"no split in {folder}, expected folders {', '.join(_SPLITS)}")
-    return Dataset(folder.name, class_names, templates, splits, f"{folder.name} ({len(templates)})")
+def own_place(card: Card) -> Path | None:
+    """Where a card's data ships or lies in ``$VLKR_DATA``; None if it is not at hand."""
+    if card.shards:
+        return resource("data") / card.shards
+    folder = Path(os.environ.get("VLKR_DATA") or "-") / card.name
+    return folder if folder.is_dir() else None
 
 
-def _lines(path: Path) -> tuple[str, ...]:
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise VlkrError(f"cannot read {path}: {error}") from error
-    return tuple(line.strip() for line in lines if line.strip())
+def _path(path: Path) -> Path:
+    """The folder or list of images; of a folder with one of CoOp's lists, that list."""
+    if not path.exists():
+        raise VlkrError(f"no folder or file at {path}")
+    if path.is_dir():
+        lists = list(path.glob("split_zhou_*.json"))
+        return lists[0] if len(lists) == 1 else path
+    if path.suffix not in TABLES:
+        raise VlkrError(f"{path} is no folder, nor a list of images ({', '.join(TABLES)})")
+    return path
 
 
-def _from_folder(root: Path, test_fraction: float) -> Dataset:
-    split_roots = {split: root / split for split in _SPLITS if (root / split).is_dir()}
-    first = next(iter(split_roots.values()), root)
-    classes = tuple(sorted(p.name for p in first.iterdir() if p.is_dir() and p.name[0] != "."))
-    if not classes:
-        raise VlkrError(f"no class folders in {first}, expected {first}/<class>/<image>")
-    splits: dict[str, Source]
-    if split_roots:
-        for path in split_roots.values():
-            other = {p.name for p in path.iterdir() if p.is_dir() and p.name[0] != "."}
-            if other != set(classes):
-                odd = sorted(other ^ set(classes))[0]
-                raise VlkrError(f"class {odd!r} is not in every split of {root}")
-        splits = {split: FolderSource(path, classes) for split, path in split_roots.items()}
-    else:
-        splits = {
-            "train": FolderSource(root, classes, held_out=False, fraction=test_fraction),
-            "test": FolderSource(root, classes, held_out=True, fraction=test_fraction),
-        }
-    for name in classes:
-        if not image_files(first / name):
-            raise VlkrError(f"class {name!r} is empty: no image in {first / name}")
-    names = tuple(name.replace("_", " ") for name in classes)
-    return Dataset(root.name, names, DEFAULT_TEMPLATES, splits, "default (1)")
+def _from_listing(
+    listing: Listing, place: Path, card: Card | None, test_fraction: float
+) -> Dataset:
+    if card:
+        listing = matched(listing, card, str(place))
+    splits: Mapping[str, Source] = listing.splits
+    if "" in listing.splits:
+        train, test = listing.splits[""].held_out(test_fraction)
+        splits = {"train": train, "test": test}
+    # Caltech-256 and CUB number their folders: 001.Black_footed_Albatross.
+    names = tuple(re.sub(r"^\d+\.", "", name).replace("_", " ") for name in listing.classes)
+    return Dataset(
+        _name(place, card),
+        names,
+        DEFAULT_TEMPLATES,
+        splits,
+        "default (1)",
+        _shifts(card),
+        domains=listing.domains,
+    )
+
+
+def _from_shards(root: Root, place: str | Path, card: Card | None) -> Dataset:
+    layout = read_layout(root, card.named_classes() if card else None)
+    # A card tells the sizes of the data that ships; other data may be a part.
+    sizes = card.splits if card and card.shards and place == own_place(card) else layout.sizes
+    name, templates = _name(place, card), layout.templates or DEFAULT_TEMPLATES
+    return Dataset(
+        name,
+        layout.class_names,
+        templates,
+        layout.splits,
+        f"{name if layout.templates else 'default'} ({len(templates)})",
+        _shifts(card),
+        sizes,
+        layout.domains,
+    )
+
+
+def _name(place: str | Path, card: Card | None) -> str:
+    if card:
+        return card.name
+    if isinstance(place, Path):
+        return place.stem if place.is_file() else place.name
+    return place if place.startswith(("wds/", "pipe:")) else place.rstrip("/").rpartition("/")[2]
+
+
+def _shifts(card: Card | None) -> tuple[str, ...]:
+    """Names of the card's shifts whose data is at hand."""
+    return tuple(name for name in card.shifts if own_place(load_card(name))) if card else ()

@@ -1,19 +1,21 @@
-"""Where samples come from: a folder of images per class, or webdataset shards."""
+"""Samples, what gives them, and the plainest source: a list of files."""
 
 from __future__ import annotations
 
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from webdataset.tariterators import group_by_keys, tar_file_expander
-
-from vlkr.errors import VlkrError
+from vlkr.errors import SampleError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+MAX_BYTES = 2**28
+"""An encoded image of more bytes (256 MiB) is refused before it is read."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, order=True)
@@ -24,122 +26,147 @@ class Sample:
         key: unique in its split and the same wherever the data is read.
         image: the encoded bytes.
         label: index into the class names.
+        domain: where the image comes from, such as ``"sketch"``, if the data tells.
+        shard: the tar that holds it, for messages.
     """
 
     key: str
     image: bytes
     label: int
+    domain: str | None = None
+    shard: str | None = field(default=None, compare=False)
 
 
+@runtime_checkable
 class Source(Protocol):
-    """A split of a dataset. Each iteration gives all samples, in the same order."""
+    """A split of a dataset. Each iteration gives all samples, in the same order.
+
+    ``next`` raises :class:`SampleError` for a sample that cannot be used, and can then be called
+    again: it goes on behind that sample (:func:`skip_bad`).
+    """
 
     def __iter__(self) -> Iterator[Sample]: ...
 
+    def shards(self) -> Sequence[Source]:
+        """Parts, in order, that can be read independently: tars, or chunks of a list of files."""
+        ...
+
+
+def skip_bad(
+    samples: Iterable[Sample], on_error: Callable[[SampleError], None]
+) -> Iterator[Sample]:
+    """The samples that can be used; ``on_error`` is called with the error of each other one."""
+    iterator = iter(samples)
+    while True:
+        try:
+            sample = next(iterator)
+        except StopIteration:
+            return
+        except SampleError as error:
+            on_error(error)
+            continue
+        yield sample
+
 
 @dataclass(frozen=True)
-class ShardSource:
-    """webdataset shards in CLIP_benchmark's layout, ``<split>/{0..n-1}.tar``.
-
-    A sample is an image and its label in ``.cls``.
-
-    Only image and label bytes are looked at; nothing in a shard is ever unpickled.
+class DomainSource:
+    """The samples of some domains.
 
     Attributes:
-        folder: of one split.
-        num_classes: labels must lie below.
+        source: of all domains.
+        domains: whose samples are kept.
     """
 
-    folder: Path
-    num_classes: int
-
-    def urls(self) -> list[str]:
-        """Paths of the shards.
-
-        Raises:
-            VlkrError: if there are none, or one that ``nshards.txt`` counts is missing.
-        """
-        count_file = self.folder / "nshards.txt"
-        if not count_file.is_file():
-            shards = sorted(self.folder.glob("*.tar"))
-            if not shards:
-                raise VlkrError(f"no shards in {self.folder}, expected nshards.txt and 0.tar")
-            return [str(path) for path in shards]
-        text = count_file.read_text().strip()
-        if not text.isdigit() or int(text) < 1:
-            raise VlkrError(f"{count_file} holds {text!r}, expected the number of shards")
-        shards = [self.folder / f"{i}.tar" for i in range(int(text))]
-        for shard in shards:
-            if not shard.is_file():
-                raise VlkrError(f"shard {shard} is missing, {count_file} counts {text}")
-        return [str(path) for path in shards]
+    source: Source
+    domains: Collection[str]
 
     def __iter__(self) -> Iterator[Sample]:
-        for shard in self.urls():
-            try:
-                with Path(shard).open("rb") as stream:
-                    files = tar_file_expander([{"url": shard, "stream": stream}])
-                    yield from map(self._sample, group_by_keys(files))
-            except VlkrError:
-                raise
-            except (OSError, tarfile.TarError, ValueError, EOFError, IndexError) as error:
-                # webdataset appends the stream to the reason.
-                reason = str(error.args[0] if error.args else error).partition(" @ <")[0]
-                raise VlkrError(f"cannot read shard {shard}: {reason}") from error
+        return filter(lambda sample: sample.domain in self.domains, self.source)
 
-    def _sample(self, raw: dict[str, bytes | str]) -> Sample:
-        key = str(raw["__key__"])
-        where = f"{raw['__url__']!s}, sample {key!r}"
-        image = next((raw[e] for e in IMAGE_EXTENSIONS if e in raw), None)
-        label = raw.get("cls")
-        if not isinstance(image, bytes):
-            raise VlkrError(f"{where}: no image, expected one of .{' .'.join(IMAGE_EXTENSIONS)}")
-        if not isinstance(label, bytes) or not label.strip().isdigit():
-            raise VlkrError(f"{where}: label {label!r}, expected .cls with an integer")
-        if int(label) >= self.num_classes:
-            raise VlkrError(f"{where}: label {int(label)}, expected below {self.num_classes}")
-        return Sample(key, image, int(label))
+    def shards(self) -> Sequence[Source]:
+        """Those of the source, filtered; some may be empty."""
+        return [DomainSource(shard, self.domains) for shard in self.source.shards()]
+
+
+class ImageFile(NamedTuple):
+    """A file of a :class:`FileSource`: its path below the root, which is its key, and its label."""
+
+    path: str
+    label: int
+    domain: str | None = None
 
 
 @dataclass(frozen=True)
-class FolderSource:
-    """Images in one folder per class.
+class FileSource:
+    """A list of image files.
 
     Attributes:
-        root: holds the class folders.
-        classes: their names, in the order of the labels.
-        held_out: None for every image; else the part of them that is read: those that a hash of
-            the key puts into the last ``fraction`` (``test``), or the others.
-        fraction: of the images that are held out.
+        root: their paths are relative to it.
+        files: in the order of reading.
     """
 
     root: Path
-    classes: tuple[str, ...]
-    held_out: bool | None = None
-    fraction: float = 0.0
+    files: Sequence[ImageFile]
 
     def __iter__(self) -> Iterator[Sample]:
-        for label, name in enumerate(self.classes):
-            paths = image_files(self.root / name)
-            if not paths:
-                raise VlkrError(f"class {name!r} is empty: no image in {self.root / name}")
-            for path in paths:
-                key = path.relative_to(self.root).as_posix()
-                if self.held_out is None or self.held_out == (unit_hash(key) < self.fraction):
-                    try:
-                        yield Sample(key, path.read_bytes(), label)
-                    except OSError as error:
-                        raise VlkrError(f"cannot read {path}: {error.strerror}") from error
+        return map(self._read, self.files)
+
+    def shards(self) -> Sequence[Source]:
+        """At most 256 chunks of the list, whose lengths differ by 1 at most."""
+        return [replace(self, files=chunk) for chunk in chunks(self.files)]
+
+    def only(self, domains: Collection[str]) -> FileSource:
+        """The files of some domains."""
+        return replace(self, files=[file for file in self.files if file.domain in domains])
+
+    def relabelled(self, labels: Mapping[int, int]) -> FileSource:
+        """The same files; label ``i`` becomes ``labels[i]``."""
+        return replace(self, files=[file._replace(label=labels[file.label]) for file in self.files])
+
+    def held_out(self, fraction: float) -> tuple[FileSource, FileSource]:
+        """The files without, and those in, the ``fraction`` that a hash of the key chooses."""
+        parts: tuple[list[ImageFile], list[ImageFile]] = ([], [])
+        for file in self.files:
+            parts[unit_hash(file.path) < fraction].append(file)
+        return replace(self, files=parts[0]), replace(self, files=parts[1])
+
+    def _read(self, file: ImageFile) -> Sample:
+        image = read_image(self.root / file.path, file.path)
+        return Sample(file.path, image, file.label, file.domain)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Image files at any depth below ``folder`` that are not hidden, sorted by name."""
-    suffixes = {f".{extension}" for extension in IMAGE_EXTENSIONS}
-    return sorted(
-        p
-        for p in folder.rglob("*")
-        if p.suffix.lower() in suffixes and p.name[0] != "." and p.is_file()
-    )
+def read_image(path: Path, key: str) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        SampleError: if it cannot be read, is no regular file, or is larger than ``MAX_BYTES``.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise SampleError("is not a file", key=key)
+        if status.st_size > MAX_BYTES:
+            raise SampleError(too_large(status.st_size), key=key)
+        return path.read_bytes()
+    except OSError as error:
+        raise SampleError(f"cannot be read from {path}: {error.strerror}", key=key) from error
+
+
+def is_safe_path(path: str) -> bool:
+    """Whether a relative path names something below the folder it is relative to."""
+    parts = path.replace("\\", "/").split("/")
+    return bool(path) and parts[0] != "" and ".." not in parts and "\0" not in path
+
+
+def too_large(size: int) -> str:
+    """What is wrong with an encoded image of ``size`` bytes."""
+    return f"has {size:,} bytes, more than the {MAX_BYTES:,} allowed"
+
+
+def chunks(items: Sequence[T]) -> list[Sequence[T]]:
+    """At most 256 consecutive parts whose lengths differ by 1 at most."""
+    count = min(len(items), 256)
+    return [items[len(items) * i // count : len(items) * (i + 1) // count] for i in range(count)]
 
 
 def unit_hash(key: str, seed: int | None = None) -> float:

@@ -1,0 +1,172 @@
+"""Files from elsewhere, kept on disk for the next epoch and the next run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+from vlkr.datasets.remote import MissingError
+from vlkr.errors import VlkrError
+from vlkr.files import read_json, write_json
+
+Fetch = Callable[[Path, Callable[[int], None]], str]
+"""Writes a file to a path, calls the function with its size once that is known, and returns its
+SHA-256."""
+
+_BELIEVED_SECONDS = 24 * 3600
+# Files whose checksum this process has seen to be right, by path, size and time of change.
+_checked: set[tuple[Path, int, int]] = set()
+
+
+def default_cache() -> Cache:
+    """The cache in ``$VLKR_CACHE`` (``~/.cache/vlkr``) of ``$VLKR_CACHE_GB`` (50) gigabytes.
+
+    Raises:
+        VlkrError: if the size is no positive number.
+    """
+    size = os.environ.get("VLKR_CACHE_GB", "50")
+    try:
+        max_bytes = int(float(size) * 1e9)
+    except (ValueError, OverflowError):
+        max_bytes = 0
+    if max_bytes <= 0:
+        raise VlkrError(f"VLKR_CACHE_GB is {size!r}, expected a number of gigabytes above 0")
+    folder = os.environ.get("VLKR_CACHE") or "~/.cache/vlkr"
+    return Cache(Path(folder).expanduser(), max_bytes)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of files by address, shared by processes, of bounded size.
+
+    A file stands beside a JSON sidecar with its address, size and SHA-256; one that does not agree
+    with that is fetched again. What is there is not asked for again; that something is missing is
+    believed for a day. What was not used for the longest time gives way to what is new.
+
+    Attributes:
+        folder: made when it is needed.
+        max_bytes: of the files together. What other processes are just fetching can exceed it.
+    """
+
+    folder: Path
+    max_bytes: int
+
+    def open(self, address: str, fetch: Fetch) -> BinaryIO:
+        """Opens the file at ``address``; of several processes that lack it, one fetches it.
+
+        Raises:
+            MissingError: if there is no such file.
+            VlkrError: if it cannot be fetched, or does not fit into the cache.
+        """
+        name = hashlib.sha256(address.encode()).hexdigest()[:32]
+        entry = _Entry(self.folder / name)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(entry.path("lock")):
+                if not entry.is_whole():
+                    self._fetch(address, entry, fetch)
+                now = time.time_ns()  # finer than the system's own stamp
+                os.utime(entry.path("json"), ns=(now, now))
+                return entry.path("data").open("rb", buffering=2**20)
+        except OSError as error:
+            raise VlkrError(f"cannot use the cache {self.folder}: {error.strerror}") from error
+
+    def _fetch(self, address: str, entry: _Entry, fetch: Fetch) -> None:
+        entry.remove()
+        part, data, sidecar = map(entry.path, ("part", "data", "json"))
+        try:
+            sha256 = fetch(part, lambda size: self._make_room(size, entry))
+            size = part.stat().st_size
+            self._make_room(size, entry)
+            part.replace(data)
+            write_json(sidecar, {"address": address, "size": size, "sha256": sha256})
+            _checked.add(entry.state())
+        except MissingError as error:
+            if error.is_lasting:
+                write_json(sidecar, {"address": address, "missing": str(error)})
+            raise
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _make_room(self, size: int, own: _Entry) -> None:
+        if size > self.max_bytes:
+            raise VlkrError(
+                f"a file of {size:,} bytes does not fit into the cache {self.folder} of "
+                f"{self.max_bytes:,}; VLKR_CACHE_GB sets its size"
+            )
+        others = {_Entry(path.with_suffix("")) for path in self.folder.glob("*.*")} - {own}
+        excess = sum(entry.size() for entry in others) + size - self.max_bytes
+        for entry in sorted(others, key=_Entry.last_used):
+            if excess <= 0:
+                return
+            with suppress(Timeout), FileLock(entry.path("lock"), timeout=0):
+                excess -= entry.size()
+                entry.remove()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """The files that belong to an address: ``.data``, its ``.json``, ``.part`` and ``.lock``."""
+
+    stem: Path
+
+    def path(self, suffix: str) -> Path:
+        return self.stem.with_suffix(f".{suffix}")
+
+    def size(self) -> int:
+        return sum(_stat(self.path(suffix))[0] for suffix in ("data", "part"))
+
+    def last_used(self) -> int:
+        """The sidecar's time in ns; 0 for what a killed process has left."""
+        return _stat(self.path("json"))[1]
+
+    def state(self) -> tuple[Path, int, int]:
+        return self.path("data"), *_stat(self.path("data"))
+
+    def remove(self) -> None:
+        for suffix in ("json", "data", "part"):
+            self.path(suffix).unlink(missing_ok=True)
+
+    def is_whole(self) -> bool:
+        """Whether the data is there and as it was fetched.
+
+        Raises:
+            MissingError: if there was no such file less than a day ago.
+        """
+        try:
+            facts = read_json(self.path("json"))
+            if "missing" in facts and time.time() - self.last_used() / 1e9 < _BELIEVED_SECONDS:
+                raise MissingError(facts["missing"])
+            with self.path("data").open("rb") as stream:
+                if self.state() not in _checked and sha256_of(stream) != facts["sha256"]:
+                    return False
+        except MissingError:
+            raise
+        except (OSError, VlkrError, KeyError):
+            return False
+        _checked.add(self.state())
+        return True
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def sha256_of(stream: BinaryIO) -> str:
+    """Of all that is left in a stream."""
+    digest = hashlib.sha256()
+    while block := stream.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()

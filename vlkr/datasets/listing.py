@@ -1,0 +1,83 @@
+"""The datasets that are known by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from vlkr.datasets.cards import SUITES, Card, card_names, load_card
+from vlkr.datasets.registry import own_place
+from vlkr.errors import VlkrError
+
+
+@dataclass
+class CardList:
+    """Cards, by name."""
+
+    cards: Sequence[Card]
+
+    def to_json(self) -> dict[str, Any]:
+        """What the cards tell, and where the data lies."""
+        return {
+            card.name: {
+                "title": card.title,
+                "classes": _num_classes(card),
+                "images": dict(card.splits),
+                "domains": list(card.domains),
+                "suites": list(card.suites),
+                "source": card.source,
+                "licence": card.licence,
+                "place": None if (place := own_place(card)) is None else str(place),
+                "wds": card.wds,
+            }
+            for card in self.cards
+        }
+
+    def show(self, console: Console) -> None:
+        """Prints a line a card."""
+        table = Table(
+            "name", "title", Column("classes", justify="right"), "source", "licence", "data"
+        )
+        for card in self.cards:
+            number = _num_classes(card)
+            place = "here" if own_place(card) else card.wds or "not here"
+            table.add_row(
+                card.name,
+                card.title,
+                "" if number is None else str(number),
+                shorten(card.source, 44, placeholder=" ..."),
+                shorten(card.licence, 32, placeholder=" ..."),
+                place,
+            )
+        console.print(table)
+        console.print(
+            "Data here is used by its name; NAME=DIR gives your own, NAME=wds/... streams that of "
+            "CLIP_benchmark. --json tells sources and licences in full.",
+            highlight=False,
+        )
+
+
+def list_cards(suite: str | None = None) -> CardList:
+    """Lists the known datasets: title, classes, source, licence, and whether the data is at hand.
+
+    Args:
+        suite: only those of a benchmark: ``coop``, ``kradapter``, ``imagenet-shift``,
+            ``domainbed`` or ``vtab``.
+
+    Raises:
+        VlkrError: for an unknown suite, or a card that is not valid.
+    """
+    if suite is not None and suite not in SUITES:
+        raise VlkrError(f"unknown suite {suite!r}, expected one of {', '.join(SUITES)}")
+    cards = [load_card(name) for name in card_names()]
+    return CardList([card for card in cards if suite is None or suite in card.suites])
+
+
+def _num_classes(card: Card) -> int | None:
+    names = card.named_classes()
+    return None if names is None else len(names)

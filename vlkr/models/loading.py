@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from vlkr.models.clip import ClipBundle, load_clip
+
+
+def load_model(name: str, pretrained: str | None = None) -> ClipBundle:
+    """Loads a CLIP model, or a timm model's image encoder where the name begins with ``timm:``.
+
+    Args:
+        name: as for :func:`~vlkr.models.clip.load_clip` or :func:`~vlkr.models.vit.load_vit`.
+        pretrained: open_clip's tag, or a path of weights.
+
+    Raises:
+        VlkrError: for a model that is unknown or cannot be read.
+    """
+    if name.startswith("timm:"):
+        from vlkr.models.vit import load_vit
+
+        return load_vit(name, pretrained)
+    return load_clip(name, pretrained)
