@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 
@@ -35,16 +36,26 @@ def saved(hosts, adapt, tmp_path):
     return model, base, folder
 
 
+def sealed(config, folder):
+    """The hashes of the two files as a stranger would write them anew."""
+    config |= {"model_sha256": hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()}
+    config.pop("config_sha256", None)
+    text = json.dumps(config, sort_keys=True)
+    return config | {"config_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def edit_config(folder, change):
     config = json.loads((folder / CONFIG).read_text())
     replaced = change(config)
-    (folder / CONFIG).write_text(json.dumps(config if replaced is None else replaced))
+    config = config if replaced is None else replaced
+    (folder / CONFIG).write_text(json.dumps(sealed(config, folder)))
 
 
 def edit_tensors(folder, change):
     tensors = safetensors.torch.load_file(folder / WEIGHTS)
     change(tensors)
     safetensors.torch.save_file(tensors, folder / WEIGHTS)
+    edit_config(folder, lambda config: None)
 
 
 def assert_refused(base, folder, *named):

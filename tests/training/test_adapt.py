@@ -27,6 +27,7 @@ FILES = {
     "logs/tensorboard/hparams.yaml",
     "metrics.json",
     "report.md",
+    "split.jsonl",
 }
 
 
@@ -228,12 +229,12 @@ def test_diverging_training_is_told(tmp_path, small, colors):
 
 def test_adapter_that_the_model_does_not_use_is_told(tmp_path, small, colors, monkeypatch):
     def load_with_spare_part(*names):
-        bundle = load_clip(*names)
+        bundle = load_model(*names)
         bundle.model.spare = nn.Linear(4, 4)
         return bundle
 
-    load_clip = adapt_module.load_clip
-    monkeypatch.setattr(adapt_module, "load_clip", load_with_spare_part)
+    load_model = adapt_module.load_model
+    monkeypatch.setattr(adapt_module, "load_model", load_with_spare_part)
     adapter = AdapterOptions(targets=["q", "spare"])
     with pytest.raises(VlkrError, match="does not use the adapter on spare"):
         small_run(tmp_path / "run", small, colors, adapter=adapter)

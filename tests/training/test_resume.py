@@ -15,6 +15,7 @@ from vlkr.adapters.registry import ADAPTERS
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.training.adapt import AdapterOptions
+from vlkr.training.checkpoints import SealedCheckpoints
 from vlkr.training.module import FewShotModule
 from vlkr.training.optim import OptimizerOptions
 from vlkr.training.trainer import TrainerOptions
@@ -139,10 +140,10 @@ def test_checkpoint_of_other_weights_or_adapters_is_refused(run, small, colors):
     whole = checkpoint.read_bytes()
     saved = torch.load(checkpoint, weights_only=True)
     try:
-        torch.save(saved | {"base_sha256": "0"}, checkpoint)
+        SealedCheckpoints().save_checkpoint(saved | {"base_sha256": "0"}, checkpoint)
         with pytest.raises(VlkrError, match="written for other base weights"):
             small_run(run, small, colors, resume=True)
-        torch.save(saved | {"state_dict": {}}, checkpoint)
+        SealedCheckpoints().save_checkpoint(saved | {"state_dict": {}}, checkpoint)
         with pytest.raises(VlkrError, match="written for other adapters or targets"):
             small_run(run, small, colors, resume=True)
     finally:

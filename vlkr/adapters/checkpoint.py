@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from vlkr.adapters.base import Adapter
-from vlkr.adapters.foreign import peft_lora, read_tensors
+from vlkr.adapters.foreign import peft_lora, read_tensors, tensor_shapes, within
 from vlkr.adapters.inject import attach, hosts, placed_adapters, set_adapter_scale
 from vlkr.adapters.linear import Slot
 from vlkr.adapters.registry import adapter_class, check_options, registered_name
 from vlkr.adapters.targets import Target
 from vlkr.errors import VlkrError
 from vlkr.files import atomic_folder, read_json, write_json, write_text
-from vlkr.hashing import weights_hash
+from vlkr.hashing import file_hash, json_hash, weights_hash
 from vlkr.version import __version__
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_MAX_BASIS = 2**28
+"""Elements of a method's random matrices, which are made again and not read (1 GiB)."""
 
 
 def save_adapter(
@@ -31,6 +36,7 @@ def save_adapter(
     *,
     base_model: str = "",
     adapter_name: str = "default",
+    dtype: torch.dtype | None = None,
     force: bool = False,
 ) -> None:
     """Writes the adapters and what is needed to put them back, as one folder, in one step.
@@ -40,6 +46,7 @@ def save_adapter(
         folder: to write; refused when it holds something, unless ``force``.
         base_model: name of the base model, for the reader.
         adapter_name: which adapters.
+        dtype: of the tensors, None for their own.
         force: replace what is there.
 
     Raises:
@@ -72,7 +79,7 @@ def save_adapter(
         "vlkr_version": __version__,
     }
     tensors = {
-        f"{_PREFIX}{p.key}.{factor}": tensor.detach().cpu().contiguous()
+        f"{_PREFIX}{p.key}.{factor}": tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
         for p in placed
         for factor, tensor in p.adapter.state_dict().items()
     }
@@ -81,7 +88,8 @@ def save_adapter(
             safetensors.torch.save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:
             raise VlkrError(f"cannot write {folder}: {error}") from error
-        write_json(temporary / _CONFIG, config)
+        config["model_sha256"] = file_hash(temporary / _WEIGHTS)
+        write_json(temporary / _CONFIG, {**config, "config_sha256": json_hash(config)})
         write_text(temporary / "README.md", _card(config, sum(t.numel() for t in tensors.values())))
 
 
@@ -112,39 +120,79 @@ def load_adapter(
     folder = Path(folder)
     if not folder.is_dir():
         raise VlkrError(f"no adapter folder at {folder}")
-    config = read_json(folder / _CONFIG)
+    config = read_json(within(folder, _CONFIG))
     if "modules" not in config and "target_modules" in config:
         attach(model, peft_lora(model, config, folder), adapter_name)
         return
-    made = _read_adapters(config, folder / _CONFIG)
-    _check_fit(model, made, config, folder)
+    _check_hashes(config, folder)
+    scale = config.get("scale", 1.0)
+    if type(scale) not in (int, float) or not math.isfinite(scale):
+        raise VlkrError(f"{folder / _CONFIG} has scale {scale!r}, expected a number")
+    shapes = tensor_shapes(within(folder, _WEIGHTS))
+    with torch.device("meta"):  # nothing is made of what does not fit
+        planned = _read_adapters(config, folder / _CONFIG, shapes)
+    _check_fit(model, planned, config, folder)
+    _check_shapes(planned, shapes, folder / _WEIGHTS)
     if check_base and (found := weights_hash(model)) != config.get("base_model_sha256"):
         raise VlkrError(
             f"{folder} was made for another base: {config.get('base_model_name_or_path')!r} with "
             f"weights {str(config.get('base_model_sha256'))[:12]}, the model has {found[:12]}"
         )
+    made = _read_adapters(config, folder / _CONFIG, shapes)
     tensors = read_tensors(folder / _WEIGHTS)
-    expected: set[str] = set()
     for target, adapter in made:
-        prefix = _PREFIX + f"{target.module}.{target.slot_name}.".lstrip(".")
-        state = {
-            key.removeprefix(prefix): tensor
-            for key, tensor in tensors.items()
-            if key.startswith(prefix)
-        }
-        expected.update(prefix + key for key in adapter.state_dict())
-        try:
-            adapter.load_state_dict(state)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise VlkrError(f"{folder / _WEIGHTS} does not hold {prefix[:-1]}: {reason}") from error
-    if unknown := set(tensors) - expected:
-        raise VlkrError(f"{folder / _WEIGHTS} holds an unexpected tensor {sorted(unknown)[0]!r}")
+        prefix = _prefix(target)
+        adapter.load_state_dict({key: tensors[prefix + key] for key in adapter.state_dict()})
     attach(model, made, adapter_name)
-    set_adapter_scale(model, float(config.get("scale", 1.0)), adapter_name)
+    set_adapter_scale(model, float(scale), adapter_name)
 
 
-def _read_adapters(config: dict[str, Any], path: Path) -> list[tuple[Target, Adapter]]:
+def _check_hashes(config: dict[str, Any], folder: Path) -> None:
+    """Names the file that is not as it was written."""
+    own = {key: value for key, value in config.items() if key != "config_sha256"}
+    if config.get("config_sha256") != json_hash(own):
+        raise VlkrError(
+            f"{folder / _CONFIG} is damaged or was changed: its config_sha256 is not that of its "
+            "other entries"
+        )
+    try:
+        found = file_hash(within(folder, _WEIGHTS))
+    except OSError as error:
+        raise VlkrError(f"cannot read {folder / _WEIGHTS}: {error.strerror}") from error
+    if found != config.get("model_sha256"):
+        raise VlkrError(
+            f"{folder / _WEIGHTS} is damaged or was changed: its SHA-256 is {found[:12]}..., "
+            f"expected {str(config.get('model_sha256'))[:12]}..."
+        )
+
+
+def _prefix(target: Target) -> str:
+    return _PREFIX + f"{target.module}.{target.slot_name}.".lstrip(".")
+
+
+def _check_shapes(
+    planned: list[tuple[Target, Adapter]], shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    basis = sum(buffer.numel() for _, adapter in planned for buffer in adapter.buffers())
+    if basis > _MAX_BASIS:
+        options = planned[0][1].options()
+        raise VlkrError(f"{path.parent} asks for random matrices of {basis:,} numbers: {options}")
+    expected = {
+        _prefix(target) + key: tuple(tensor.shape)
+        for target, adapter in planned
+        for key, tensor in adapter.state_dict().items()
+    }
+    for key, shape in expected.items():
+        if shapes.get(key) != shape:
+            found = f"in shape {shapes[key]}" if key in shapes else "at all"
+            raise VlkrError(f"{path} does not hold {key} of shape {shape}, or not {found}")
+    if unknown := sorted(set(shapes) - set(expected)):
+        raise VlkrError(f"{path} holds an unexpected tensor {unknown[0]!r}")
+
+
+def _read_adapters(
+    config: dict[str, Any], path: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> list[tuple[Target, Adapter]]:
     method = str(config.get("peft_type")).lower()
     cls = adapter_class(method)
     options, modules = config.get("options"), config.get("modules")
@@ -152,7 +200,13 @@ def _read_adapters(config: dict[str, Any], path: Path) -> list[tuple[Target, Ada
         raise VlkrError(f"{path} lacks its options or modules; it was not written by vlkr")
     try:
         check_options(method, options)
+        size = options.get(cls.budget_option) if cls.budget_option else None
+        if size is not None and size > (most := max(map(max, filter(None, shapes.values())))):
+            raise ValueError(f"{cls.budget_option} {size} of tensors whose sides are up to {most}")
         targets = [_read_target(m) for m in modules]
+        times = Counter((t.module, t.slot_name) for t in targets)
+        if twice := [".".join(place) for place, number in times.items() if number > 1]:
+            raise ValueError(f"{twice[0]} comes twice")
         return [(t, cls(t.in_features, t.out_features, **options)) for t in targets]
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         kind = "" if isinstance(error, VlkrError) else f"{type(error).__name__} "

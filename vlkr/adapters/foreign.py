@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,83 @@ from vlkr.adapters.lora import LoRA
 from vlkr.adapters.targets import Target, candidates
 from vlkr.errors import VlkrError
 
+_IN_BLOCK = {
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.out": "self_attn.out_proj",
+    "mlp.c_fc.weight": "mlp.fc1",
+    "mlp.c_proj.weight": "mlp.fc2",
+}
+
+
+def transformers_name(key: str) -> str | None:
+    """The linear layer of transformers' ``CLIPModel`` for a place in open_clip's ViT CLIP.
+
+    Args:
+        key: module and slot.
+
+    >>> transformers_name("visual.transformer.resblocks.3.attn.q")
+    'vision_model.encoder.layers.3.self_attn.q_proj'
+    """
+    match = re.fullmatch(r"(?:(visual)\.|text\.)?transformer\.resblocks\.(\d+)\.(.+)", key)
+    if match is None or match[3] not in _IN_BLOCK:
+        return None
+    tower = "vision_model" if match[1] else "text_model"
+    return f"{tower}.encoder.layers.{match[2]}.{_IN_BLOCK[match[3]]}"
+
+
+def within(folder: Path, name: str) -> Path:
+    """A file of a folder.
+
+    Raises:
+        VlkrError: if it is a link that leads out of the folder (into the store of the hub's cache
+            it may), or no regular file.
+    """
+    path, real = folder / name, folder.resolve()
+    target = path.resolve()
+    store = real.parents[1] / "blobs" if len(real.parents) > 1 else real
+    if not (target.is_relative_to(real) or target.is_relative_to(store)):
+        raise VlkrError(f"{path} is a link that leads out of its folder, to {target}")
+    if path.exists() and not path.is_file():
+        raise VlkrError(f"cannot read {path}: it is not a file")
+    return path
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a safetensors file, which are not read.
+
+    Raises:
+        VlkrError: if it cannot be read, or holds something else than floating-point numbers.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (it is no mapping)
+                part = file.get_slice(key)
+                shapes[key] = tuple(part.get_shape())
+                if not part.get_dtype().startswith(("F", "BF")):
+                    raise VlkrError(
+                        f"{path} holds {key} in {part.get_dtype()}, expected floating point"
+                    )
+    except (OSError, SafetensorError) as error:
+        raise VlkrError(f"cannot read {path}: {error}") from error
+    return shapes
+
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Reads a safetensors file.
 
     Raises:
-        VlkrError: if it cannot be read.
+        VlkrError: if it cannot be read, or holds a number that is not finite.
     """
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
         raise VlkrError(f"cannot read {path}: {error}") from error
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor.float()).all():
+            raise VlkrError(f"{path} holds a number that is not finite in {key}")
     return tensors
 
 
@@ -38,7 +105,8 @@ def peft_lora(
     """Reads the factors of a peft LoRA folder for the model's linear layers.
 
     Args:
-        model: whose modules have the names in the folder.
+        model: whose modules have the names in the folder, or open_clip's model where they are
+            those of transformers' ``CLIPModel``.
         config: the folder's ``adapter_config.json``.
         folder: holds ``adapter_model.safetensors``.
 
@@ -48,8 +116,13 @@ def peft_lora(
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
         raise VlkrError(f"{folder} holds peft's {kind}, expected its plain LoRA")
-    tensors = read_tensors(folder / "adapter_model.safetensors")
+    weights = within(folder, "adapter_model.safetensors")
+    tensor_shapes(weights)
+    tensors = read_tensors(weights)
     linears = {t.module: t for t in candidates(model) if t.slot == ("weight", None)}
+    for target in candidates(model):
+        if twin := transformers_name(f"{target.module}.{target.slot_name}"):
+            linears[twin] = target
     made: list[tuple[Target, Adapter]] = []
     for key in tensors:
         name, found, _ = key.removeprefix("base_model.model.").partition(".lora_A.weight")
@@ -59,24 +132,33 @@ def peft_lora(
             continue
         if name not in linears:
             raise VlkrError(f"{folder} adapts {name}, which is no linear layer of the model")
-        a, b = tensors[key], tensors[key.replace("lora_A", "lora_B")]
-        target, rank = linears[name], a.shape[0]
-        if a.shape[1] != target.in_features or b.shape != (target.out_features, rank):
+        a, b = tensors[key], tensors.get(key.replace("lora_A", "lora_B"), torch.empty(0))
+        target, rank = linears[name], a.shape[0] if a.dim() else 0
+        if a.shape != (rank, target.in_features) or b.shape != (target.out_features, rank):
             raise VlkrError(f"{folder} does not fit {name}: {tuple(a.shape)}, {tuple(b.shape)}")
-        alpha = (config.get("alpha_pattern") or {}).get(name, config.get("lora_alpha"))
+        patterns = config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise VlkrError(f"{folder} has alpha_pattern {patterns!r}, expected a mapping")
+        alpha = patterns.get(name, config.get("lora_alpha"))
         adapter = LoRA(
             target.in_features,
             target.out_features,
             rank=rank,
-            alpha=None if alpha is None else float(alpha),
+            alpha=None if alpha is None else _number("lora_alpha", alpha, folder),
             use_rslora=bool(config.get("use_rslora")),
-            dropout=float(config.get("lora_dropout") or 0.0),
+            dropout=_number("lora_dropout", config.get("lora_dropout") or 0.0, folder, below=1),
         )
         adapter.load_state_dict({"lora_A": a.float(), "lora_B": b.float()})
         made.append((target, adapter))
     if not made:
         raise VlkrError(f"{folder / 'adapter_model.safetensors'} holds no LoRA factors")
     return made
+
+
+def _number(name: str, value: Any, folder: Path, below: float = 1e30) -> float:
+    if type(value) not in (int, float) or not abs(value) < below:
+        raise VlkrError(f"{folder} has {name} {value!r}, expected a number below {below:g}")
+    return float(value)
 
 
 @torch.no_grad()

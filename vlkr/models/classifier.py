@@ -66,7 +66,7 @@ class ClassHead(nn.Module):
 
     def save(self, path: Path) -> None:
         """Writes weight and class names as safetensors."""
-        names = {"class_names": json.dumps(self.class_names), "format": "pt"}
+        names = {"class_names": json.dumps(self.class_names)}  # one, for their order is random
         with atomic_file(path) as temporary:
             save_file({"weight": self.weight.detach().cpu()}, temporary, names)
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vlkr.errors import VlkrError
 from vlkr.files import resource
 from vlkr.hashing import weights_hash
+from vlkr.models.classifier import ClassHead
 
 TINY = "tiny"
 _LOAD_ERRORS = (
@@ -51,6 +52,7 @@ class ClipBundle:
         name: the model's name, as the user gave it.
         pretrained: open_clip's tag, or the weights' path; None where the name says it all.
         weights_hash: SHA-256 of the weights as loaded.
+        head: the class embeddings of a model without text, once they are learnt.
     """
 
     model: nn.Module
@@ -61,6 +63,12 @@ class ClipBundle:
     name: str
     pretrained: str | None
     weights_hash: str
+    head: ClassHead | None = None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the model has a text tower, so that class names make a classifier."""
+        return hasattr(self.model, "encode_text")
 
     @property
     def label(self) -> str:
@@ -115,10 +123,34 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipBundle:
     )
 
 
+def clip_shapes(name: str) -> nn.Module:
+    """The architecture of a CLIP model without its weights, on the meta device.
+
+    Raises:
+        VlkrError: if it is unknown, or known to the hub alone.
+    """
+    source = _source(name)
+    if source.startswith("hf-hub:"):
+        raise VlkrError(f"the architecture of {name!r} is on the hub")
+    if not source.startswith("local-dir:") and source not in open_clip.list_models():
+        raise VlkrError(f"unknown model {name!r}; see open_clip.list_models()")
+    try:
+        with _quiet(), torch.device("meta"):
+            model = open_clip.create_model(
+                source, load_weights=False, pretrained_text=False, device="meta"
+            )
+    except _LOAD_ERRORS as error:
+        raise VlkrError(f"cannot read the architecture of {name!r}: {error}") from error
+    return cast(nn.Module, model)
+
+
 def absolute_names(name: str, pretrained: str | None) -> tuple[str, str | None]:
     """The same model and weights, with paths that hold from any working folder."""
     source = _source(name)
-    if name != TINY and source.startswith("local-dir:"):
+    folder = name.partition("timm:local-dir:")[2]
+    if folder:
+        name = f"timm:local-dir:{Path(folder).resolve()}"
+    elif name != TINY and source.startswith("local-dir:"):
         name = f"local-dir:{Path(source.removeprefix('local-dir:')).resolve()}"
     if pretrained is not None and Path(pretrained).is_file():
         pretrained = str(Path(pretrained).resolve())
@@ -201,6 +233,55 @@ def save_open_clip_folder(bundle: ClipBundle, folder: Path, tensors: dict[str, T
     safetensors.torch.save_file(
         plain, folder / "open_clip_model.safetensors", metadata={"format": "pt"}
     )
+
+
+def save_tokenizer(bundle: ClipBundle, folder: Path) -> None:
+    """Writes the tokenizer's files, unless it is the one that comes with open_clip."""
+    if isinstance(bundle.tokenizer, open_clip.tokenizer.HFTokenizer):
+        bundle.tokenizer.save_pretrained(folder)
+
+
+def clip_bpe(bundle: ClipBundle) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges, in order, of CLIP's own byte-pair encoding.
+
+    Raises:
+        VlkrError: if the model has another tokenizer.
+    """
+    tokenizer = bundle.tokenizer
+    plain = open_clip.SimpleTokenizer(context_length=getattr(tokenizer, "context_length", None))
+    same = type(tokenizer) is type(plain) and all(
+        getattr(tokenizer, name) == getattr(plain, name)
+        for name in ("encoder", "bpe_ranks", "clean_fn", "reduction_fn")
+    )
+    if not same:
+        kind = type(tokenizer).__name__
+        raise VlkrError(f"model {bundle.name!r} does not have CLIP's own tokenizer but a {kind}")
+    return plain.encoder, list(plain.bpe_ranks)
+
+
+def evaluation_transform(preprocess_cfg: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
+    """open_clip's evaluation transform, PIL image to ``(3, height, width)``."""
+    cfg = open_clip.transform.PreprocessCfg(**preprocess_cfg)
+    transform: Callable[[Image.Image], Tensor] = open_clip.transform.image_transform_v2(
+        cfg, is_train=False
+    )
+    return transform
+
+
+def hub_repository(name: str, pretrained: str | None) -> str | None:
+    """``org/repo`` on the hub where a model's weights come from, None if they come from elsewhere.
+
+    Args:
+        name: as :func:`load_clip` takes it.
+        pretrained: likewise.
+    """
+    source = _source(name)
+    if source.startswith("hf-hub:"):
+        return source.removeprefix("hf-hub:").partition("@")[0]
+    if source.startswith("local-dir:") or pretrained is None:
+        return None
+    cfg = open_clip.get_pretrained_cfg(source, pretrained)
+    return "/".join(str(cfg.get("hf_hub", "")).split("/")[:2]) or None
 
 
 def image_size(bundle: ClipBundle) -> tuple[int, int]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from vlkr.models.clip import ClipBundle, load_clip
+from torch import nn
+
+from vlkr.models.clip import ClipBundle, clip_shapes, load_clip
 
 
 def load_model(name: str, pretrained: str | None = None) -> ClipBundle:
@@ -18,3 +20,19 @@ def load_model(name: str, pretrained: str | None = None) -> ClipBundle:
 
         return load_vit(name, pretrained)
     return load_clip(name, pretrained)
+
+
+def load_shapes(name: str) -> nn.Module:
+    """The architecture alone, without weights and on the meta device: to count with.
+
+    Args:
+        name: as for :func:`load_model`.
+
+    Raises:
+        VlkrError: for a model that is unknown, or known to the hub alone.
+    """
+    if name.startswith("timm:"):
+        from vlkr.models.vit import vit_shapes
+
+        return vit_shapes(name)
+    return clip_shapes(name)

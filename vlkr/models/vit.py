@@ -21,6 +21,7 @@ from vlkr.models.clip import ClipBundle
 PREFIX = "timm:"
 # CLIP's at the start of its training (Radford et al., 2021, section 2.5).
 _LOGIT_SCALE = math.log(1 / 0.07)
+_RESIZE_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
 
 
 class ImageEncoder(nn.Module):
@@ -90,6 +91,20 @@ def _no_tokenizer(texts: list[str]) -> Tensor:
     )
 
 
+def vit_shapes(name: str) -> nn.Module:
+    """The architecture of a timm model without its weights, on the meta device.
+
+    Raises:
+        VlkrError: if it is unknown, or known to a folder or the hub alone.
+    """
+    own = name.removeprefix(PREFIX)
+    _check_names(own, None)
+    if ":" in own:
+        raise VlkrError(f"the architecture of {name!r} is only known with its weights")
+    with torch.device("meta"):
+        return ImageEncoder(timm.create_model(own, pretrained=False, num_classes=0))
+
+
 def _preprocess_cfg(config: dict[str, Any]) -> dict[str, Any]:
     """The data configuration of timm by open_clip's names, beside timm's crop."""
     return {
@@ -97,7 +112,7 @@ def _preprocess_cfg(config: dict[str, Any]) -> dict[str, Any]:
         "mean": tuple(config["mean"]),
         "std": tuple(config["std"]),
         "interpolation": config["interpolation"],
-        "resize_mode": "shortest",
+        "resize_mode": _RESIZE_MODES[config["crop_mode"]],
         "crop_pct": config["crop_pct"],
     }
 

@@ -32,22 +32,28 @@ def tokenize_prompts(
 def class_embeddings(model: nn.Module, prompts: Tensor, chunk: int | None = None) -> Tensor:
     """The zero-shot classifier: each class's mean normalised text feature, normalised again.
 
-    As in CLIP (Radford et al., 2021, section 3.1.4).
+    As in CLIP (Radford et al., 2021, section 3.1.4). Classes with the same prompts are encoded
+    once, and so is a text that classes encoded together share.
 
     Args:
         model: a CLIP model.
         prompts: ``(num_classes, num_templates, context_length)`` token ids.
-        chunk: classes encoded at a time, which bounds memory; None for all at once.
+        chunk: texts encoded at a time, which bounds memory; None for all at once.
 
     Returns:
         ``(num_classes, embed_dim)``.
     """
-    chunks = [prompts] if chunk is None else prompts.split(chunk)
-    embedded = [_mean_features(model, part) for part in chunks]
-    return F.normalize(torch.cat(embedded), dim=-1)
+    if chunk is None:
+        return F.normalize(_mean_features(model, prompts, chunk), dim=-1)
+    distinct, index = prompts.unique(dim=0, return_inverse=True)
+    classes = max(1, chunk // prompts.shape[1])
+    means = [_mean_features(model, part, chunk) for part in distinct.split(classes)]
+    return F.normalize(torch.cat(means)[index], dim=-1)
 
 
-def _mean_features(model: nn.Module, prompts: Tensor) -> Tensor:
-    texts, index = prompts.flatten(0, 1).unique(dim=0, return_inverse=True)  # each text once
-    mean: Tensor = encode_text(model, texts)[index].unflatten(0, prompts.shape[:2]).mean(1)
+def _mean_features(model: nn.Module, prompts: Tensor, chunk: int | None) -> Tensor:
+    texts, index = prompts.flatten(0, 1).unique(dim=0, return_inverse=True)
+    parts = [texts] if chunk is None else texts.split(chunk)
+    features = torch.cat([encode_text(model, part) for part in parts])
+    mean: Tensor = features[index].unflatten(0, prompts.shape[:2]).mean(1)
     return mean

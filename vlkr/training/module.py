@@ -1,21 +1,27 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.nn import Parameter
 from torchmetrics.classification import MulticlassAccuracy
 
 from vlkr.adapters import ComposedOnce, adapter_parameters
 from vlkr.adapters.inject import hosts
 from vlkr.datasets.pipelines import Batch
+from vlkr.datasets.streaming import TrainLoader
 from vlkr.errors import VlkrError
 from vlkr.models.clip import ClipBundle, encode_image, logit_scale
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
+from vlkr.training.numerics import all_finite, first_layer_not_finite, some_of
 from vlkr.training.optim import OptimizerOptions, make_optimizer
+
+_MAX_LOGIT_SCALE = 10_000
 
 
 class FewShotModule(L.LightningModule):
@@ -32,6 +38,9 @@ class FewShotModule(L.LightningModule):
         seed: of dropout, and of the classes of a step.
         classes_per_step: with more classes than these a step uses the batch's and random others,
             which bounds the text tower's work; None for all classes.
+
+    Raises:
+        VlkrError: for a logit scale that no training comes out of.
     """
 
     def __init__(
@@ -44,6 +53,12 @@ class FewShotModule(L.LightningModule):
         classes_per_step: int | None = None,
     ) -> None:
         super().__init__()
+        scale = float(logit_scale(bundle.model))
+        if not 0 < scale <= _MAX_LOGIT_SCALE:
+            raise VlkrError(
+                f"the logit scale of {bundle.name!r} is {scale:.4g}, expected above 0 and at most "
+                f"{_MAX_LOGIT_SCALE:g}; CLIP's is at most 100"
+            )
         self.strict_loading = False
         self.model = bundle.model
         self.base_hash = bundle.weights_hash
@@ -52,9 +67,16 @@ class FewShotModule(L.LightningModule):
         self.classes_per_step = classes_per_step
         self.composed_once = ComposedOnce(bundle.model)
         self.steps_next = True
+        self.step_keys: list[str] = []
+        self.loader_state: dict[str, int] | None = None
         self.prompts: Tensor
         self.embeddings: Tensor
-        prompts = tokenize_prompts(bundle.tokenizer, class_names, templates)
+        self.head = bundle.head
+        prompts = (
+            tokenize_prompts(bundle.tokenizer, class_names, templates)
+            if self.head is None
+            else torch.empty(len(class_names), 0)
+        )
         self.register_buffer("prompts", prompts, persistent=False)
         self.register_buffer("embeddings", torch.empty(0), persistent=False)
         self.adapted_towers = {
@@ -64,9 +86,15 @@ class FewShotModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Encodes the prompts once, for a text tower without adapters."""
-        if "text" not in self.adapted_towers:
+        if self.head is None and "text" not in self.adapted_towers:
             with torch.no_grad():
                 self.embeddings = class_embeddings(self.model, self.prompts)
+
+    def on_train_start(self) -> None:
+        """Goes on in mid-epoch, where Lightning does not call ``on_train_epoch_start``."""
+        self.on_train_epoch_start()
+        if self.loader_state is not None:  # made before Lightning read the checkpoint
+            self._loader().load_state_dict(self.loader_state)
 
     def forward(self, images: Tensor, classes: Tensor | None = None) -> Tensor:
         """Logits of images ``(batch, 3, height, width)`` for all classes, or for those given.
@@ -80,12 +108,20 @@ class FewShotModule(L.LightningModule):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and "visual" in self.adapted_towers):
             features = encode_image(self.model, images)
-        if "text" in self.adapted_towers:
+        if self.head is not None:
+            embeddings = cast(Tensor, self.head())
+            embeddings = embeddings if classes is None else embeddings[classes]
+        elif "text" in self.adapted_towers:
             prompts = self.prompts if classes is None else self.prompts[classes]
             embeddings = class_embeddings(self.model, prompts)
         else:
             embeddings = self.embeddings if classes is None else self.embeddings[classes]
         return logit_scale(self.model) * features @ embeddings.T
+
+    def trained_parameters(self) -> list[Parameter]:
+        """Those of the adapters and of the class head, if there is one."""
+        head = [] if self.head is None else list(self.head.parameters())
+        return [*adapter_parameters(self.model), *head]
 
     def _choose_classes(self, labels: Tensor) -> Tensor | None:
         """The batch's classes and random others, sorted; None for all."""
@@ -105,28 +141,30 @@ class FewShotModule(L.LightningModule):
             host.adapters.train()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout follows from seed and epoch, so that a resumed run repeats an unbroken one.
-
-        Seeded here, for opening a data loader takes from the generator.
-        """
-        if batch_idx == 0:
-            torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
+        """Dropout follows from seed, epoch and batch: a resumed run repeats an unbroken one."""
+        source = np.random.SeedSequence([self.seed, self.current_epoch, batch_idx])
+        torch.manual_seed(int(source.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of one batch."""
         accumulate = self.trainer.accumulate_grad_batches
-        if accumulate > 1 and not self.composed_once.open:
+        alone = self.trainer.world_size == 1  # composing once bypasses DDP's reduction
+        if accumulate > 1 and alone and not self.composed_once.open:
             self.composed_once.begin()
         self.steps_next = (batch_idx + 1) % accumulate == 0 or self.trainer.is_last_batch
         chosen = self._choose_classes(batch.labels)
         labels = batch.labels if chosen is None else torch.searchsorted(chosen, batch.labels)
-        loss = F.cross_entropy(self(batch.images, chosen), labels)
+        logits = self(batch.images, chosen)
+        loss = F.cross_entropy(logits, labels)
         if not torch.isfinite(loss):
-            lr = self.lr_schedulers().get_last_lr()[0]  # type: ignore[union-attr]
+            bad = (~torch.isfinite(logits).all(dim=1)).tolist()
+            keys = [key for key, is_bad in zip(batch.keys, bad, strict=True) if is_bad]
+            layer = first_layer_not_finite(self.model, lambda: self(batch.images, chosen))
             raise VlkrError(
-                f"the loss is {loss.item()} at step {self.global_step} (learning rate {lr:.2g}, "
-                f"samples {', '.join(batch.keys[:4])}, ...); lower optimizer.lr"
+                f"the loss is {loss.item()} {self._where(keys or batch.keys)}, first in "
+                f"{layer or 'the logits'}; lower optimizer.lr"
             )
+        self.step_keys = [*(self.step_keys if batch_idx % accumulate else []), *batch.keys]
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch.labels))
         return loss
 
@@ -140,15 +178,39 @@ class FewShotModule(L.LightningModule):
             if all(p.grad is None for p in host.adapters.parameters()):
                 raise VlkrError(f"the model's forward pass does not use the adapter on {path}")
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises :class:`VlkrError` for a gradient that would spoil the factors.
+
+        The loss scaling of ``16-mixed`` leaves such steps out, and halves its scale each time.
+        """
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if all_finite(p.grad for p in trained if p.grad is not None) or (
+            scaler is not None and scaler.get_scale() >= 1
+        ):
+            return
+        grads = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
+        # Backward comes from the last layer.
+        layer = [name for name, grad in grads.items() if not all_finite([grad])][-1]
+        scale = f"a loss scale of {scaler.get_scale():.2g}, " if scaler is not None else ""
+        raise VlkrError(
+            f"the gradient is not finite {self._where(self.step_keys, scale)}, first in "
+            f"{layer.removeprefix('model.')}; lower optimizer.lr"
+        )
+
+    def _where(self, keys: list[str], more: str = "") -> str:
+        lr = self.lr_schedulers().get_last_lr()[0]  # type: ignore[union-attr]
+        return f"at step {self.global_step} ({more}learning rate {lr:.2g}, samples {some_of(keys)})"
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Counts right answers."""
         self.val_accuracy(self(batch.images), batch.labels)
         self.log("val_acc1", self.val_accuracy, prog_bar=True, batch_size=len(batch.labels))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over the adapters, with a schedule a step."""
+        """AdamW over the adapters and the class head, with a schedule a step."""
         optimizer, schedule = make_optimizer(
-            adapter_parameters(self.model),
+            self.trained_parameters(),
             self.optimizer_options,
             int(self.trainer.estimated_stepping_batches),
         )
@@ -158,15 +220,31 @@ class FewShotModule(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the adapters only."""
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {key: state[key] for key in state if ".adapters." in key}
+        """Keeps the adapters and the class head only, and those only if they are finite."""
+        state = {k: tensor for k, tensor in checkpoint["state_dict"].items() if _is_trained(k)}
+        if bad := [key for key, tensor in state.items() if not all_finite([tensor])]:
+            raise VlkrError(
+                f"{some_of(bad, 1).removeprefix('model.')} not finite after step "
+                f"{self.global_step}; lower optimizer.lr"
+            )
+        checkpoint["state_dict"] = state
         checkpoint["base_sha256"] = self.base_hash
+        checkpoint["train_loader"] = self._loader().state_dict()
+
+    def _loader(self) -> TrainLoader:
+        loader = self.trainer.train_dataloader
+        assert isinstance(loader, TrainLoader)
+        return loader
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises :class:`VlkrError` if the checkpoint belongs to another base model or adapter."""
         if checkpoint.get("base_sha256") != self.base_hash:
             raise VlkrError("the checkpoint was written for other base weights")
-        own = {key for key in self.state_dict() if ".adapters." in key}
-        if own != set(checkpoint["state_dict"]):
+        own = {key: t.shape for key, t in self.state_dict().items() if _is_trained(key)}
+        if own != {key: t.shape for key, t in checkpoint["state_dict"].items()}:
             raise VlkrError("the checkpoint was written for other adapters or targets")
+        self.loader_state = checkpoint["train_loader"]
+
+
+def _is_trained(key: str) -> bool:
+    return ".adapters." in key or key.startswith("head.")

@@ -9,6 +9,8 @@ from torch import nn
 
 from vlkr.errors import VlkrError
 
+_MAX_LR = 1e30  # a step of AdamW beyond it is no fp32 number
+
 
 @dataclass(frozen=True)
 class OptimizerOptions:
@@ -28,8 +30,10 @@ class OptimizerOptions:
 
     def check(self) -> None:
         """Raises :class:`VlkrError` for a number out of range."""
-        if not 0 < self.lr < math.inf:
-            raise VlkrError(f"optimizer.lr {self.lr} is out of range, expected above 0")
+        if not 0 < self.lr <= _MAX_LR:
+            raise VlkrError(
+                f"optimizer.lr {self.lr} is out of range, expected above 0, at most {_MAX_LR:g}"
+            )
         for option in ("weight_decay", "warmup_steps", "grad_clip"):
             value = getattr(self, option)
             if not 0 <= value < math.inf:

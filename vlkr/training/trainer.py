@@ -1,4 +1,4 @@
-"""Lightning's trainer as the recipe uses it: its options, its files, its silence, its Ctrl-C."""
+"""Lightning's trainer as the recipe uses it: its options, its files and its silence."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from vlkr.errors import VlkrError
-from vlkr.files import atomic_file
+from vlkr.training.checkpoints import SealedCheckpoints
+from vlkr.training.interruption import Interruption, StoppedError
 
 CHECKPOINT = "checkpoints/last.ckpt"
+# What Lightning and torch raise where a checkpoint has not the structure they wrote.
+_RESTORE_ERRORS = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    MisconfigurationException,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,9 @@ class TrainerOptions:
         epochs: passes over the (oversampled) training images.
         precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
         accelerator: ``auto``, ``cpu``, ``gpu``, as Lightning's Trainer names them.
+        devices: processes that train side by side, each on a device of its own (DDP); every one
+            takes ``data.batch_size`` images a step.
+        num_nodes: machines, when a cluster's scheduler starts one process a device.
         accumulate_grad_batches: batches per optimizer step.
         progress: show a progress bar.
     """
@@ -40,12 +51,14 @@ class TrainerOptions:
     epochs: int = 10
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
     accumulate_grad_batches: int = 1
     progress: bool = True
 
     def check(self) -> None:
         """Raises :class:`VlkrError` for a number out of range."""
-        for option in ("epochs", "accumulate_grad_batches"):
+        for option in ("epochs", "devices", "num_nodes", "accumulate_grad_batches"):
             if getattr(self, option) < 1:
                 raise VlkrError(
                     f"trainer.{option} {getattr(self, option)} is too small, expected at least 1"
@@ -61,19 +74,6 @@ class _ProgressBar(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
-
-
-class _AtomicCheckpoints(TorchCheckpointIO):
-    """Lightning's own files, renamed from within their folder.
-
-    Lightning writes to the system's temporary folder first, which may lie on another disk.
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        with atomic_file(Path(path)) as temporary:
-            super().save_checkpoint(checkpoint, temporary, storage_options)
 
 
 def make_trainer(output: Path, options: TrainerOptions, grad_clip: float) -> L.Trainer:
@@ -103,16 +103,20 @@ def make_trainer(output: Path, options: TrainerOptions, grad_clip: float) -> L.T
             max_epochs=options.epochs,
             precision=options.precision,
             accelerator=options.accelerator,
-            devices=1,
+            devices=options.devices,
+            num_nodes=options.num_nodes,
+            strategy="auto" if options.devices * options.num_nodes == 1 else "ddp",
             accumulate_grad_batches=options.accumulate_grad_batches,
             gradient_clip_val=grad_clip or None,
             callbacks=callbacks,
-            plugins=[_AtomicCheckpoints()],
+            plugins=[SealedCheckpoints()],
             logger=[
                 CSVLogger(output / "logs", name="", version="csv"),
                 TensorBoardLogger(output / "logs", name="", version="tensorboard"),
             ],
-            default_root_dir=output,
+            # Where Lightning would look for a SLURM checkpoint by itself: a folder that a fresh run
+            # empties.
+            default_root_dir=output / checkpoint.parent,
             enable_progress_bar=options.progress,
             enable_model_summary=False,
             log_every_n_steps=1,
@@ -122,7 +126,7 @@ def make_trainer(output: Path, options: TrainerOptions, grad_clip: float) -> L.T
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise VlkrError(
             f"trainer.accelerator {options.accelerator!r} with trainer.precision "
-            f"{options.precision!r} is not possible here: {error}"
+            f"{options.precision!r} on {options.devices} device(s) is not possible here: {error}"
         ) from error
     if trainer.precision != options.precision:
         raise VlkrError(
@@ -142,17 +146,20 @@ def fit(
 ) -> None:
     """Trains, from the start or from ``checkpoint``.
 
+    Args:
+        trainer: of :func:`make_trainer`.
+        module: to train.
+        datamodule: to train on.
+        checkpoint: where the trainer keeps it.
+        resume: go on from it; it is checked already.
+
     Raises:
-        VlkrError: if ``checkpoint`` is damaged.
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, saying how to go on.
+        VlkrError: if ``checkpoint`` has another structure.
+        KeyboardInterrupt: on Ctrl-C, SIGTERM or SLURM's signal, saying how to go on.
     """
-    if resume:
-        try:
-            torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise VlkrError(f"{checkpoint} is damaged: {reason}") from error
     on_interrupt = signal.getsignal(signal.SIGINT)
+    interruption = Interruption(checkpoint)
+    trainer.callbacks.insert(0, interruption)  # type: ignore[attr-defined]
     try:
         trainer.fit(
             module,
@@ -160,14 +167,20 @@ def fit(
             ckpt_path=str(checkpoint) if resume else None,
             weights_only=True,
         )
-    except SystemExit as error:  # Lightning's answer to both
+    except StoppedError as error:
+        interruption.requeue()
+        raise KeyboardInterrupt(str(error)) from error
+    except SystemExit as error:  # Lightning's answer to an interruption that could not wait
         signal.signal(signal.SIGINT, on_interrupt)  # which Lightning leaves ignored
-        epochs = f"{trainer.current_epoch} epoch{'s' if trainer.current_epoch > 1 else ''}"
-        raise KeyboardInterrupt(
-            f"{checkpoint.name} holds {epochs}, --resume goes on from there"
-            if checkpoint.is_file()
-            else "no epoch was finished, start again with --force"
+        raise KeyboardInterrupt(interruption.how_to_go_on(trainer.current_epoch)) from error
+    except _RESTORE_ERRORS as error:
+        if isinstance(error, VlkrError) or not resume or interruption.has_started:
+            raise
+        raise VlkrError(
+            f"{checkpoint} is damaged: {type(error).__name__} {' '.join(str(error).split())}"
         ) from error
+    if interruption.received is not None:
+        raise KeyboardInterrupt(interruption.how_to_go_on(trainer.current_epoch))
 
 
 @contextmanager
@@ -180,12 +193,16 @@ def quiet_lightning() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start")
+            # Loss scaling may leave out the first step.
+            warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
             warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
             warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not")
             warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is")
+            # Of a run folder that was moved; the one checkpoint lies where it is looked for.
+            warnings.filterwarnings("ignore", message="The dirpath has changed from")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

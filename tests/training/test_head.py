@@ -1,0 +1,124 @@
+"""Models without text: their classes are learnt from the shots, with the adapters."""
+
+import json
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from helpers import small_run, tree, write_images
+from PIL import Image
+from safetensors.torch import load_file
+
+from vlkr.cli import main
+from vlkr.datasets import DataOptions
+from vlkr.errors import VlkrError
+from vlkr.evaluation.runs import load_run
+from vlkr.models.vit import load_vit
+from vlkr.training.adapt import AdapterOptions
+from vlkr.training.optim import OptimizerOptions
+from vlkr.training.trainer import TrainerOptions
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """A folder of timm's layout with a small ViT of random weights."""
+    folder = tmp_path_factory.mktemp("models") / "vit"
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes)
+    model.pretrained_cfg["input_size"] = (3, 32, 32)
+    timm.models.save_for_hf(model, folder, model_args=sizes, safe_serialization=True)
+    return f"timm:local-dir:{folder}"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, vit, colors):
+    return small_run(tmp_path_factory.mktemp("runs") / "run", vit, colors)
+
+
+def test_it_learns_the_classes_and_is_measured(run):
+    metrics = json.loads((run.output / "metrics.json").read_text())
+    assert metrics["results"][0]["metrics"]["acc1"] > 0.8
+    head = load_file(run.output / "head.safetensors")["weight"]
+    adapters = load_file(run.output / "adapter" / "adapter_model.safetensors")
+    trained = head.numel() + sum(t.numel() for t in adapters.values())
+    assert run.parameters == metrics["parameters"] == trained
+
+
+def test_loaded_again_it_measures_the_same(run, capsys):
+    assert main(["evaluate", "--run", str(run.output), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["results"][0]["metrics"] == run.evaluation.home.metrics
+
+
+def test_logits_are_scaled_cosines_to_the_class_embeddings(run, colors):
+    bundle, _ = load_run(run.output)
+    image = bundle.preprocess(Image.open(colors / "red" / "0.png").convert("RGB"))[None]
+    with torch.no_grad():
+        features = F.normalize(bundle.model.visual(image), dim=-1)
+        head = F.normalize(load_file(run.output / "head.safetensors")["weight"], dim=-1)
+        logits = (1 / 0.07) * features @ head.T
+    assert bundle.head.class_names[logits.argmax()] == "red"
+
+
+def test_the_head_starts_at_the_classes_mean_features(tmp_path, vit, colors):
+    options = OptimizerOptions(lr=1e-12, weight_decay=0)
+    run = small_run(tmp_path / "run", vit, colors, optimizer=options).output
+    split = [json.loads(line) for line in (run / "split.jsonl").read_text().splitlines()]
+    bundle = load_vit(vit)
+    found = load_file(run / "head.safetensors")["weight"]
+    for label, name in enumerate(("blue", "green", "red")):
+        keys = [row["key"] for row in split if row.get("part") == "train" and row["label"] == label]
+        assert len(keys) == 4
+        images = [Image.open(colors / key).convert("RGB") for key in keys]
+        images = torch.stack([bundle.preprocess(image) for image in images])
+        with torch.no_grad():
+            mean = F.normalize(F.normalize(bundle.model.visual(images), dim=-1).mean(0), dim=0)
+        torch.testing.assert_close(found[label], mean, rtol=1e-4, atol=1e-5), name
+
+
+def test_resumed_run_ends_as_an_unbroken_one(tmp_path, vit, colors, run, monkeypatch):
+    from vlkr.training.module import FewShotModule
+
+    step = FewShotModule.training_step
+
+    def interrupted(self, batch, batch_idx):
+        if self.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(FewShotModule, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        small_run(tmp_path / "run", vit, colors)
+    monkeypatch.setattr(FewShotModule, "training_step", step)
+    small_run(tmp_path / "run", vit, colors, resume=True)
+    for name in ("head.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (run.output / name).read_bytes()
+
+
+def test_a_dataset_of_other_classes_is_told(run, tmp_path, capsys):
+    write_images(tmp_path / "other", names=("red", "green"))
+    (tmp_path / "other" / "green").rename(tmp_path / "other" / "grass")
+    other = str(tmp_path / "other")
+    assert main(["evaluate", "--run", str(run.output), "--datasets", other]) == 2
+    assert "class 'grass' was not learnt" in capsys.readouterr().err
+
+
+def test_zero_shot_of_a_model_without_text_is_refused(vit, colors, capsys):
+    assert main(["evaluate", "--model", vit, "--datasets", str(colors)]) == 2
+    assert "no classes before it is adapted" in capsys.readouterr().err
+
+
+def test_adapters_can_match_a_budget(tmp_path, vit, colors):
+    adapter = AdapterOptions("lora", match="kradapter")
+    trainer = TrainerOptions(epochs=1, accelerator="cpu", progress=False)
+    data = DataOptions(root=colors, shots=1, batch_size=4, min_steps_per_epoch=1)
+    result = small_run(tmp_path / "run", vit, colors, adapter=adapter, trainer=trainer, data=data)
+    assert result.evaluation.context["options"]["rank"] >= 1
+
+
+def test_wrong_weights_write_nothing(tmp_path, colors):
+    with pytest.raises(VlkrError, match="no timm model at"):
+        small_run(tmp_path / "run", f"timm:local-dir:{tmp_path / 'no'}", colors)
+    assert tree(tmp_path) == {}
