@@ -1,5 +1,9 @@
 import json
 
+import pytest
+from rich.console import Console
+
+from vlkr.evaluation.metrics import Confused, DomainAccuracy, ReliabilityBin
 from vlkr.evaluation.report import (
     DatasetResult,
     Evaluation,
@@ -7,18 +11,28 @@ from vlkr.evaluation.report import (
     evaluation_markdown,
     evaluation_rows,
     markdown_table,
+    title,
 )
 
 
 def result(name, acc1, **others):
-    metrics = {"acc1": acc1, "acc5": 0.9, "mean_per_class_recall": 0.5, "ece": 0.1} | others
-    return DatasetResult(name, "test", 10, "card (3)", metrics)
+    metrics = {
+        "acc1": acc1,
+        "acc5": 0.9,
+        "mean_per_class_recall": 0.5,
+        "f1": 0.4,
+        "ece": 0.1,
+        "nll": 1.25,
+    }
+    return DatasetResult(name, "test", 10, "card (3)", metrics | others)
 
 
 EVALUATION = Evaluation(
     [result("home", 0.8), result("a", 0.5), result("b", 0.25, ece=0.4), result("c", 0.6)],
     {"model": "tiny", "pretrained": None, "weights_sha256": "0123456789abcdef" * 4, "shots": 16},
 )
+ONE_SHIFT = Evaluation(EVALUATION.results[:2], EVALUATION.context)
+HOME = Evaluation(EVALUATION.results[:1], EVALUATION.context)
 
 
 def test_mean_and_worst_shift():
@@ -29,31 +43,92 @@ def test_mean_and_worst_shift():
 
 
 def test_rows():
+    header = ["dataset", "images", "top-1 %", "top-5 %", "mean per class %", "F1 %", "ECE %", "NLL"]
     assert evaluation_rows(EVALUATION) == [
-        ["dataset", "images", "top-1 %", "top-5 %", "mean per class %", "ECE %"],
-        ["home", "10", "80.0", "90.0", "50.0", "10.0"],
-        ["a", "10", "50.0", "90.0", "50.0", "10.0"],
-        ["b", "10", "25.0", "90.0", "50.0", "40.0"],
-        ["c", "10", "60.0", "90.0", "50.0", "10.0"],
-        ["mean of 3 shifts", "", "45.0", "90.0", "50.0", "20.0"],
-        ["worst shift (b)", "10", "25.0", "90.0", "50.0", "40.0"],
+        header,
+        ["home", "10", "80.0", "90.0", "50.0", "40.0", "10.0", "1.250"],
+        ["a", "10", "50.0", "90.0", "50.0", "40.0", "10.0", "1.250"],
+        ["b", "10", "25.0", "90.0", "50.0", "40.0", "40.0", "1.250"],
+        ["c", "10", "60.0", "90.0", "50.0", "40.0", "10.0", "1.250"],
+        ["mean of 3 shifts", "", "45.0", "90.0", "50.0", "40.0", "20.0", "1.250"],
+        ["worst: b", "10", "25.0", "90.0", "50.0", "40.0", "40.0", "1.250"],
     ]
-    one = Evaluation(EVALUATION.results[:2])
-    assert [row[0] for row in evaluation_rows(one)[3:]] == ["mean of 1 shift", "worst shift (a)"]
-    assert len(evaluation_rows(Evaluation(EVALUATION.results[:1]))) == 2
+
+
+def test_mean_and_worst_of_a_single_shift_are_not_shown():
+    assert [row[0] for row in evaluation_rows(ONE_SHIFT)] == ["dataset", "home", "a"]
+    assert [row[0] for row in evaluation_rows(HOME)] == ["dataset", "home"]
+
+
+def test_title_names_what_the_table_holds():
+    assert title(HOME) == "Accuracy on home"
+    assert title(ONE_SHIFT) == "Accuracy on home and under 1 shift"
+    assert title(EVALUATION) == "Accuracy on home and under 3 shifts"
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_numbers_are_whole(width, capsys):
+    names = ["digits", "digits-inverted", "digits-rotation"]
+    evaluation = Evaluation([result(name, 1.0, acc5=1.0, nll=12.345) for name in names])
+    evaluation.show(Console(width=width))
+    printed = capsys.readouterr().out
+    assert width < 100 or "…" not in printed  # a header may be cut where there is no room
+    assert printed.count("100.0") == 2 * 5
+    assert printed.count("12.345") == 5
+    assert max(map(len, printed.splitlines())) <= width
+
+
+def test_metrics_that_a_result_lacks_have_no_column():
+    lacking = DatasetResult("old", "test", 10, "card (3)", {"acc1": 0.5, "ece": 0.2})
+    rows = evaluation_rows(Evaluation([EVALUATION.home, lacking]))
+    assert rows[0] == ["dataset", "images", "top-1 %", "ECE %"]
+    assert rows[2] == ["old", "10", "50.0", "20.0"]
 
 
 def test_caption_leaves_out_what_is_not_known():
     assert caption(EVALUATION) == (
         "model tiny, weights_sha256 0123456789ab, shots 16, split test, templates card (3)"
     )
+    assert caption(EVALUATION, {"seed": 3}) == "seed 3, split test, templates card (3)"
+
+
+def detailed():
+    metrics = {"acc1": 0.5, "auroc": 0.75, "mean_domain_acc1": 0.45, "worst_domain_acc1": 0.3}
+    return DatasetResult(
+        "pets",
+        "test",
+        10,
+        "default (1)",
+        metrics | {"effective_robustness": -0.0123},
+        {"art": DomainAccuracy(6, 0.6), "photo": DomainAccuracy(4, 0.3)},
+        [ReliabilityBin(0.4, 0.466667, 10, 0.45, 0.5)],
+        [Confused("cat", "dog", 3, 0.6)],
+        ("cat", "dog"),
+        [[2, 3], [2, 3]],
+    )
 
 
 def test_markdown():
     assert markdown_table([["a|b", "c"], ["1", "2"]]) == "| a\\|b | c |\n|---|---:|\n| 1 | 2 |\n"
     page = evaluation_markdown(EVALUATION)
-    assert "| worst shift (b) | 10 | 25.0 |" in page
+    assert page.startswith("# Accuracy on home and under 3 shifts\n")
+    assert "| worst: b | 10 | 25.0 |" in page
     assert caption(EVALUATION) in page
+    assert "confused" not in page
+
+
+def test_markdown_of_domains_and_confusions():
+    page = evaluation_markdown(Evaluation([detailed()]))
+    for line in (
+        "| AUROC known against unknown % | 75.0 |",
+        "| mean of domains, top-1 % | 45.0 |",
+        "| worst domain, top-1 % | 30.0 |",
+        "| effective robustness, points | -1.2 |",
+        "| art (6 images), top-1 % | 60.0 |",
+        "| photo (4 images), top-1 % | 30.0 |",
+        "| pets | cat | dog | 3 | 60.0 |",
+    ):
+        assert line in page
 
 
 def test_json_has_clip_benchmarks_fields():
@@ -68,6 +143,19 @@ def test_json_has_clip_benchmarks_fields():
         "split": "test",
         "images": 10,
         "templates": "card (3)",
-        "metrics": {"acc1": 0.25, "acc5": 0.9, "mean_per_class_recall": 0.5, "ece": 0.4},
+        "metrics": EVALUATION.results[2].metrics,
         "language": "en",
     }
+    assert value["mean_of_shifts"]["acc1"] == 0.45
+    assert value["worst_shift"]["dataset"] == "b"
+    assert "worst_shift" not in HOME.to_json()
+
+
+def test_json_has_the_details():
+    found = json.loads(json.dumps(Evaluation([detailed()]).to_json()))["results"][0]
+    assert found["domains"]["art"] == {"images": 6, "acc1": 0.6}
+    assert found["reliability"][0]["accuracy"] == 0.5
+    assert found["worst_confusions"] == [
+        {"label": "cat", "predicted": "dog", "images": 3, "fraction": 0.6}
+    ]
+    assert "confusion" not in found

@@ -8,8 +8,9 @@ from helpers import write_clip
 from safetensors.torch import load_file
 
 from vlkr.adapters import adapter_state_dict
+from vlkr.datasets import load_dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation.runs import load_run, run_dataset
+from vlkr.evaluation.runs import home_and_shifts, load_run, run_dataset, with_templates
 
 
 @pytest.fixture
@@ -39,6 +40,27 @@ def test_dataset_has_the_runs_prompts_and_split(copy):
     dataset = run_dataset(config)
     assert dataset.templates == ("{c}!",)
     assert sum(1 for _ in dataset.source("test")) < sum(1 for _ in dataset.source("train")) / 2
+
+
+def test_templates_of_a_card_by_name_and_others(colors):
+    digits = load_dataset("digits")
+    name, own = next(iter(digits.template_sets.items()))
+    found = with_templates(digits, [name])
+    assert found.templates == tuple(own)
+    assert found.template_set == f"{name} ({len(own)})"
+    assert with_templates(digits, None) is digits
+    named = with_templates(load_dataset(colors), ["imagenet7", "{c}"])
+    assert named.template_set == "imagenet7 + given (8)"
+    with pytest.raises(VlkrError, match="neither the name of a set nor a file"):
+        with_templates(load_dataset(colors), [name])
+
+
+def test_shifts_that_are_named_come_once():
+    found = home_and_shifts(None, ["digits", "digits-blur"], True, None, 0.5)
+    names = [dataset.name for dataset in found]
+    assert names[:2] == ["digits", "digits-blur"]
+    assert len(names) == len(set(names)) == 7
+    assert len(home_and_shifts(None, ["digits"], False, None, 0.5)) == 1
 
 
 @pytest.mark.parametrize(

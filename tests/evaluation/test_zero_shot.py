@@ -1,20 +1,20 @@
 import dataclasses
 import io
-import json
 import tarfile
 
 import open_clip
 import pytest
 import torch
 import yaml
-from helpers import ROOT, tree, write_images, write_shards
+from helpers import ROOT, write_images
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
-from vlkr.cli import main
 from vlkr.datasets import load_dataset
+from vlkr.datasets.streaming import PickedSource
 from vlkr.errors import VlkrError
 from vlkr.evaluation.runs import load_run
-from vlkr.evaluation.zero_shot import evaluate, evaluate_bundle
+from vlkr.evaluation.zero_shot import evaluate_bundle
 from vlkr.hashing import weights_hash
 from vlkr.models.clip import load_clip
 
@@ -49,7 +49,7 @@ def test_equals_a_plain_open_clip_loop(small, name):
         features = model.encode_image(torch.stack([preprocess(image) for image in images]))
         features = features / features.norm(dim=1, keepdim=True)
         logits = model.logit_scale.exp() * features @ classifier
-    result = evaluate(model=small, datasets=[name], shifts=False).home
+    result = evaluate_bundle(load_clip(small), [load_dataset(name)]).home
     assert result.images == len(labels) == card["splits"]["test"]
     predicted = logits.argmax(1)
     assert result.metrics["acc1"] == pytest.approx(
@@ -59,6 +59,8 @@ def test_equals_a_plain_open_clip_loop(small, name):
     assert result.metrics["acc5"] == pytest.approx(top5, abs=1e-6)
     recall = torch.stack([(predicted == c)[labels == c].double().mean() for c in labels.unique()])
     assert result.metrics["mean_per_class_recall"] == pytest.approx(recall.mean().item(), abs=1e-6)
+    nll = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert result.metrics["nll"] == pytest.approx(nll, abs=1e-5)
 
 
 def test_workers_and_batches_change_nothing(small, colors):
@@ -68,30 +70,6 @@ def test_workers_and_batches_change_nothing(small, colors):
         found = evaluate_bundle(bundle, [dataset], **options)
         assert found.home.images == expected.home.images
         assert found.home.metrics == pytest.approx(expected.home.metrics, abs=1e-5)
-
-
-def test_shifts_follow_the_home_card_and_are_not_doubled(small):
-    card = yaml.safe_load((ROOT / "data" / "digits.yaml").read_text())
-    result = evaluate(model=small)
-    assert [r.dataset for r in result.results] == ["digits", *card["shifts"]]
-    accuracy = {r.dataset: r.metrics["acc1"] for r in result.shifts}
-    assert result.mean_shift() == pytest.approx(sum(accuracy.values()) / len(accuracy))
-    assert result.worst_shift().metrics["acc1"] == min(accuracy.values())
-    given = evaluate(model=small, datasets=["digits", "digits-fonts"])
-    assert [r.dataset for r in given.results] == [
-        "digits",
-        "digits-fonts",
-        *(name for name in card["shifts"] if name != "digits-fonts"),
-    ]
-    assert len(evaluate(model=small, shifts=False).results) == 1
-
-
-def test_templates_can_be_replaced(small, colors):
-    own = evaluate(model=small, datasets=[str(colors)]).home
-    same = evaluate(model=small, datasets=[str(colors)], templates=["a photo of a {c}."]).home
-    other = evaluate(model=small, datasets=[str(colors)], templates=["{c}", "{c}!"]).home
-    assert same.metrics == own.metrics
-    assert (own.templates, other.templates) == ("default (1)", "given (2)")
 
 
 def test_adapted_model_is_measured_and_comes_back(run, small, colors):
@@ -104,63 +82,88 @@ def test_adapted_model_is_measured_and_comes_back(run, small, colors):
     assert evaluate_bundle(bundle, [load_dataset(colors)]).home == found.home
 
 
-def test_run_is_measured_on_its_own_data(run):
-    metrics = json.loads((run / "metrics.json").read_text())
-    found = evaluate(run=run)
-    assert found.to_json()["results"] == metrics["results"]
-    assert found.context["shots"] == 4
-    assert found.context["adapter"] == "kradapter"
-    assert found.context["weights_sha256"] == metrics["weights_sha256"]
+def test_predictions_are_kept_when_asked(small, colors):
+    bundle, dataset = load_clip(small), load_dataset(colors)
+    assert evaluate_bundle(bundle, [dataset]).home.predictions is None
+    home = evaluate_bundle(bundle, [dataset], keep_predictions=True).home
+    samples = sorted(dataset.source("test"), key=lambda sample: sample.key)
+    assert home.predictions.keys == [sample.key for sample in samples]
+    assert home.predictions.labels == [sample.label for sample in samples]
+    images = torch.stack([bundle.preprocess(Image.open(io.BytesIO(s.image))) for s in samples])
+    names = dataset.class_names
+    with torch.no_grad():
+        classifier = open_clip.build_zero_shot_classifier(
+            bundle.model, bundle.tokenizer, names, ["a photo of a {}."]
+        )
+        features = bundle.model.encode_image(images, normalize=True)
+        expected = (bundle.model.logit_scale.exp() * features @ classifier).softmax(1)
+    confidence = torch.tensor(home.predictions.confidence)
+    torch.testing.assert_close(confidence, expected.amax(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(home.predictions.predicted), expected.argmax(1))
+    assert torch.tensor(home.confusion).sum() == home.images == len(samples)
+    assert home.class_names == names
 
 
-def test_json_is_all_there_is_on_stdout(run, capsys):
-    assert main(["evaluate", "--run", str(run), "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["results"] == json.loads((run / "metrics.json").read_text())["results"]
-    assert set(printed["results"][0]["metrics"]) == {
-        "acc1",
-        "acc5",
-        "mean_per_class_recall",
-        "ece",
-    }
+def test_images_of_unknown_classes(small, colors, tmp_path):
+    bundle, home = load_clip(small), load_dataset(colors)
+    strange = [load_dataset(write_images(tmp_path / name, 4)) for name in ("a", "b")]
+    found = evaluate_bundle(bundle, [home], unknown=strange)
+    assert found.context["unknown"].startswith("a (")
+    # The same images in the same classes, so that their confidences are the home dataset's kind.
+    known = evaluate_bundle(bundle, [home], keep_predictions=True).home.predictions.confidence
+    other = [
+        c
+        for dataset in strange
+        for c in evaluate_bundle(
+            bundle, [dataset], keep_predictions=True
+        ).home.predictions.confidence
+    ]
+    expected = roc_auc_score([1] * len(known) + [0] * len(other), known + other)
+    assert found.home.metrics["auroc"] == pytest.approx(expected, abs=1e-4)
+    assert "auroc" not in evaluate_bundle(bundle, [home]).home.metrics
 
 
-def test_table_names_what_the_numbers_depend_on(run, capsys):
-    assert main(["evaluate", "--run", str(run)]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    for part in ("colors", "adapter kradapter", "shots 4", "seed 1", "split test", "default (1)"):
-        assert part in printed
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory):
+    """Folder of images by domain and class."""
+    root = tmp_path_factory.mktemp("domains")
+    for i, name in enumerate(("art", "photo", "sketch")):
+        write_images(root / name, per_class=6 + 2 * i)
+    return root
 
 
-def test_output_is_written_and_not_replaced_unasked(small, colors, tmp_path, capsys):
-    output = tmp_path / "out"
-    arguments = ["evaluate", "--model", small, "--datasets", str(colors), "--output", str(output)]
-    assert main(arguments) == 0
-    assert set(tree(output)) == {"metrics.json", "report.md"}
-    before = tree(output)
-    assert main(arguments) == 2
-    assert "exists already" in capsys.readouterr().err
-    assert tree(output) == before
-    assert main([*arguments, "--force"]) == 0
-    assert tree(output) == before
+def test_accuracy_by_domain(small, domains):
+    bundle, dataset = load_clip(small), load_dataset(domains)
+    found = evaluate_bundle(bundle, [dataset], keep_predictions=True).home
+    assert list(found.domains) == ["art", "photo", "sketch"]
+    accuracies = []
+    for name, domain in found.domains.items():
+        own = evaluate_bundle(bundle, [dataset.only([name])]).home
+        assert domain.images == own.images == found.predictions.domains.count(name)
+        assert domain.acc1 == own.metrics["acc1"]
+        assert "mean_domain_acc1" not in own.metrics
+        accuracies.append(domain.acc1)
+    mean = sum(accuracies) / 3
+    assert found.metrics["mean_domain_acc1"] == pytest.approx(mean, abs=1e-6)
+    assert found.metrics["worst_domain_acc1"] == min(accuracies)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_corrupt_image_is_told_in_one_line(small, tmp_path, capsys, workers):
-    root = write_images(tmp_path / "d", per_class=2, splits=["test"])
-    (root / "test" / "red" / "1.png").write_bytes(b"garbage")
-    arguments = ["evaluate", "--model", small, "--datasets", str(root)]
-    assert main([*arguments, "--num-workers", str(workers)]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error == "vlkr: error: sample 'red/1.png' is no image in a format that is known"
+def test_domain_without_images_is_told(small, domains):
+    dataset = load_dataset(domains)
+    lacking = dataclasses.replace(dataset.only(["art", "photo"]), domains=dataset.domains)
+    with pytest.raises(VlkrError, match="domain 'sketch' is empty"):
+        evaluate_bundle(load_clip(small), [lacking])
 
 
-def test_damaged_shard_is_told(small, tmp_path):
-    root = write_shards(tmp_path / "d")
-    shard = root / "test" / "1.tar"
-    shard.write_bytes(shard.read_bytes()[:3000])
-    with pytest.raises(VlkrError, match=r"cannot read shard .*test/1\.tar"):
-        evaluate(model=small, datasets=[str(root)])
+def test_bad_images_are_left_out_up_to_a_number(small, tmp_path):
+    root = write_images(tmp_path / "d", per_class=3, splits=["test"])
+    for name in ("red", "blue"):
+        (root / "test" / name / "1.png").write_bytes(b"garbage")
+    bundle, dataset = load_clip(small), load_dataset(root)
+    with pytest.raises(VlkrError, match="more than 1 bad samples"):
+        evaluate_bundle(bundle, [dataset], max_bad=1)
+    with pytest.warns(UserWarning, match="2 bad samples were skipped"):
+        assert evaluate_bundle(bundle, [dataset], max_bad=2).home.images == 7
 
 
 def test_missing_samples_of_a_card_are_told(small):
@@ -172,7 +175,9 @@ def test_missing_samples_of_a_card_are_told(small):
 
 def test_split_without_images_is_told(small, tmp_path):
     dataset = load_dataset(write_images(tmp_path / "d"))
-    nothing = dataclasses.replace(dataset, splits={"test": []})
+    nothing = dataclasses.replace(
+        dataset, splits={"test": PickedSource(dataset.source("test"), {})}
+    )
     with pytest.raises(VlkrError, match="has no images in its split 'test'"):
         evaluate_bundle(load_clip(small), [nothing])
 
@@ -182,26 +187,3 @@ def test_weights_that_are_not_finite_are_told(small, colors):
     bundle.model.visual.proj.data[0, 0] = torch.nan
     with pytest.raises(VlkrError, match="logits on colors are not finite"):
         evaluate_bundle(bundle, [load_dataset(colors)])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "either --model NAME or --run DIR"),
-        ({"model": "SMALL", "run": "RUN"}, "either --model NAME or --run DIR"),
-        ({"run": "RUN", "pretrained": "openai"}, "--pretrained goes with --model"),
-        ({"model": "SMALL", "batch_size": 0}, "batch size 0 is too small"),
-        ({"model": "SMALL", "num_workers": -1}, "number of workers -1 is negative"),
-        ({"model": "SMALL", "device": "gpu"}, "device 'gpu' is not available"),
-        ({"model": "SMALL", "split": "val"}, "has no split 'val'"),
-        ({"model": "SMALL", "datasets": ["digitz"]}, "did you mean digits"),
-        ({"model": "SMALL", "templates": []}, "list of templates is empty"),
-        ({"model": "SMALL", "templates": ["x"]}, "lacks the placeholder"),
-        ({"model": "SMALL", "output": ROOT / "pyproject.toml"}, "is a file"),
-    ],
-)
-def test_wrong_options(options, message, small, run):
-    names = {"SMALL": small, "RUN": run}
-    options = {k: names.get(v, v) if isinstance(v, str) else v for k, v in options.items()}
-    with pytest.raises(VlkrError, match=message):
-        evaluate(**options)

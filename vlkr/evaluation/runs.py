@@ -1,13 +1,25 @@
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from vlkr.adapters import load_adapter
-from vlkr.datasets import Dataset, load_dataset
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from vlkr.adapters import load_adapter, save_adapter, set_adapter_scale
+from vlkr.adapters.inject import hosts
+from vlkr.datasets import DataOptions, Dataset, FewShotDataModule, load_dataset
+from vlkr.datasets.streaming import PickedSource
+from vlkr.datasets.transforms import to_tensor
 from vlkr.errors import VlkrError
-from vlkr.files import read_yaml
-from vlkr.models.clip import ClipBundle, load_clip
+from vlkr.files import read_yaml, write_text
+from vlkr.models.classifier import ClassHead
+from vlkr.models.clip import ClipBundle
+from vlkr.models.loading import load_model
+from vlkr.models.templates import resolve_templates
 
 _NEEDED = {
     "": ("model", "pretrained", "seed"),
@@ -28,6 +40,38 @@ def load_run(run: Path) -> tuple[ClipBundle, dict[str, Any]]:
     Raises:
         VlkrError: if the folder is not a finished run, or its base model has changed.
     """
+    config = run_config(run)
+    bundle = load_model(config["model"], config["pretrained"])
+    if not bundle.has_text:
+        bundle.head = ClassHead.load(run / "head.safetensors")
+    load_adapter(bundle.model, run / "adapter")
+    bundle.model.eval()
+    return bundle, config
+
+
+def save_scaled_run(bundle: ClipBundle, config: dict[str, Any], scale: float, output: Path) -> None:
+    """Makes ``output`` a run folder with a run's configuration and its adapter, scaled.
+
+    Args:
+        bundle: of :func:`load_run`; its adapter keeps the factor.
+        config: likewise.
+        scale: the adapter's factor.
+        output: folder for ``config.yaml`` and ``adapter/``, which are replaced.
+    """
+    bundle.model.to("cpu")
+    set_adapter_scale(bundle.model, scale)
+    save_adapter(bundle.model, output / "adapter", base_model=bundle.label, force=True)
+    if bundle.head is not None:
+        bundle.head.save(output / "head.safetensors")
+    write_text(output / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+
+def run_config(run: Path) -> dict[str, Any]:
+    """The configuration of a finished run.
+
+    Raises:
+        VlkrError: if the folder is not one.
+    """
     if not run.is_dir():
         raise VlkrError(f"no run folder at {run}")
     path = run / "config.yaml"
@@ -40,10 +84,43 @@ def load_run(run: Path) -> tuple[ClipBundle, dict[str, Any]]:
             if not isinstance(part, dict) or key not in part:
                 name = f"{section}.{key}".lstrip(".")
                 raise VlkrError(f"{path} is not a run's configuration: it lacks {name}")
-    bundle = load_clip(config["model"], config["pretrained"])
-    load_adapter(bundle.model, run / "adapter")
-    bundle.model.eval()
-    return bundle, config
+    return config
+
+
+def run_context(bundle: ClipBundle, config: dict[str, Any]) -> dict[str, Any]:
+    """What a run's numbers depend on beside the model, for captions."""
+    scale = adapter_scale(bundle)
+    return {
+        "adapter": config["adapter"]["name"],
+        "options": config["adapter"]["options"],
+        "adapter scale": None if scale == 1 else scale,
+        **run_options(config).context(),
+        "seed": config["seed"],
+        "checkpoint": "last iteration",
+    }
+
+
+def adapter_scale(bundle: ClipBundle) -> float:
+    """The factor of a model's adapters, 1 as they are trained."""
+    return next(scale for _, host in hosts(bundle.model) for scale in host.adapter_scales.values())
+
+
+def run_options(config: dict[str, Any]) -> DataOptions:
+    """The data of a run, as it was told to ``vlkr adapt``.
+
+    Raises:
+        VlkrError: if a value is of another type.
+    """
+    known = {field.name for field in fields(DataOptions)}
+    data = {name: value for name, value in config["data"].items() if name in known}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(DataOptions, "data")
+    try:
+        parsed = parser.instantiate(parser.parse_object({"data": data}))
+    except ArgumentError as error:
+        raise VlkrError(f"the run's configuration of its data is not valid: {error}") from error
+    options: DataOptions = parsed.data
+    return options
 
 
 def run_dataset(config: dict[str, Any]) -> Dataset:
@@ -52,10 +129,69 @@ def run_dataset(config: dict[str, Any]) -> Dataset:
     Raises:
         VlkrError: if the dataset is not there any more.
     """
-    data = config["data"]
-    templates = data["templates"]
-    return load_dataset(
-        data["root"] or data["name"],
-        templates=None if templates is None else tuple(templates),
-        test_fraction=data["test_fraction"],
-    )
+    options = run_options(config)
+    return with_templates(replace(options, templates=None).load(), options.templates)
+
+
+def home_and_shifts(
+    home: Dataset | None,
+    names: Sequence[str],
+    shifts: bool,
+    templates: Sequence[str] | None,
+    test_fraction: float,
+) -> list[Dataset]:
+    """Datasets to measure on, the home dataset first.
+
+    Args:
+        home: the first; None takes the first of ``names``.
+        names: cards' names or folders.
+        shifts: add those that the home dataset's card names.
+        templates: for all of them, None for each dataset's own.
+        test_fraction: of folders without splits.
+    """
+    loaded = [] if home is None else [home]
+    loaded += [load_dataset(name, test_fraction=test_fraction) for name in names]
+    if shifts:
+        known = {dataset.name for dataset in loaded}
+        loaded += [load_dataset(name) for name in loaded[0].shifts if name not in known]
+    return [with_templates(dataset, templates) for dataset in loaded]
+
+
+def run_validation(config: dict[str, Any], templates: Sequence[str] | None) -> Dataset | None:
+    """The images that a run validated with, as the split ``"val"`` of its dataset.
+
+    Args:
+        config: of the run.
+        templates: in place of the run's.
+
+    Returns:
+        None if there are none, for the classes have no more images than were trained on.
+    """
+    dataset, options = run_dataset(config), run_options(config)
+    # Only which images were drawn is asked for, so the transforms are never called.
+    data = FewShotDataModule(dataset, options, config["seed"], to_tensor, to_tensor)
+    source = data.val_source
+    if source is None and data.val_images:
+        has_own = "val" in dataset.splits and data.pool is dataset.source("train")
+        pool = dataset.source("val") if has_own else data.pool
+        source = PickedSource(pool, Counter(data.val_images.keys))
+    if source is None:
+        return None
+    validation = replace(dataset, splits={"val": source}, sizes={}, domains=())
+    return with_templates(validation, templates)
+
+
+def with_templates(dataset: Dataset, given: Sequence[str] | None) -> Dataset:
+    """The dataset with other templates.
+
+    Args:
+        dataset: any.
+        given: the name of one of its card's sets, or what
+            :func:`~vlkr.models.templates.resolve_templates` takes; None leaves its own.
+    """
+    if given is None:
+        return dataset
+    if len(given) == 1 and given[0] in dataset.template_sets:
+        return dataset.with_template_set(given[0])
+    found = resolve_templates(given)
+    return replace(dataset, templates=found.templates, template_set=found.name)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from vlkr.adapters.inject import placed_adapters
 from vlkr.adapters.targets import Target, candidates
 from vlkr.errors import VlkrError
+from vlkr.evaluation.evaluate import evaluate
 from vlkr.evaluation.runs import load_run
 from vlkr.evaluation.spectrum_report import Layer, Run, Spectra, write_report
-from vlkr.evaluation.zero_shot import evaluate
 from vlkr.files import check_free
 from vlkr.functional import Decomposition, decompose, spectrum_measures, subspace_overlap
 

@@ -1,100 +1,33 @@
-"""Zero-shot classification: accuracy of a model, adapted or not, on datasets."""
+"""Zero-shot classification: metrics of a model, adapted or not, on datasets."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from torch import Tensor, nn
 
-from vlkr.adapters import merged
-from vlkr.adapters.inject import hosts
-from vlkr.datasets import Dataset, load_dataset
-from vlkr.datasets.pipelines import evaluation_loader
+from vlkr.datasets import Dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation.metrics import classification_metrics
-from vlkr.evaluation.report import DatasetResult, Evaluation, evaluation_markdown
-from vlkr.evaluation.runs import load_run
-from vlkr.files import check_free, write_json, write_text
-from vlkr.models.clip import ClipBundle, encode_image, load_clip, logit_scale, pick_device
+from vlkr.evaluation.cache import cached
+from vlkr.evaluation.distributed import gather, rank
+from vlkr.evaluation.features import Measured, feature_batches, measured
+from vlkr.evaluation.metrics import (
+    classification_metrics,
+    confusion_matrix,
+    domain_accuracy,
+    reliability,
+    unknown_auroc,
+    worst_confusions,
+)
+from vlkr.evaluation.predictions import Predictions, predict
+from vlkr.evaluation.report import DatasetResult, Evaluation
+from vlkr.models.clip import ClipBundle, logit_scale
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
 
-
-def evaluate(
-    model: str | None = None,
-    pretrained: str | None = None,
-    run: Path | None = None,
-    datasets: list[str] | None = None,
-    shifts: bool = True,
-    split: str = "test",
-    templates: list[str] | None = None,
-    test_fraction: float = 0.5,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    device: str = "auto",
-    output: Path | None = None,
-    force: bool = False,
-) -> Evaluation:
-    """Measures a model on its home dataset and under domain shift.
-
-    Args:
-        model: for zero-shot: ``tiny``, an open_clip name, ``hf-hub:org/repo``, ``local-dir:/path``.
-        pretrained: open_clip's tag or a path of weights.
-        run: for an adapted model: a folder written by ``vlkr adapt``.
-        datasets: cards' names or folders, the home dataset first; the run's own by default.
-        shifts: also measure the shifts that the home dataset's card names.
-        split: which split of each dataset.
-        templates: prompts with ``{c}`` in place of each dataset's own.
-        test_fraction: of a folder without splits, the part that is its test split.
-        batch_size: images at a time.
-        num_workers: processes that decode images; 0 does it in the main one.
-        device: ``auto``, ``cpu``, ``cuda``, ...
-        output: folder for ``metrics.json`` and ``report.md``.
-        force: write into a folder that holds something.
-
-    Raises:
-        VlkrError: for a model, run or dataset that cannot be read.
-    """
-    if (model is None) == (run is None):
-        raise VlkrError("evaluate needs either --model NAME or --run DIR")
-    if run is not None and pretrained is not None:
-        raise VlkrError("--pretrained goes with --model; a run knows its own weights")
-    if output is not None:
-        check_free(output, force=force)
-    context: dict[str, Any] = {}
-    if run is not None:
-        bundle, config = load_run(run)
-        data = config["data"]
-        context = {
-            "adapter": config["adapter"]["name"],
-            "options": config["adapter"]["options"],
-            "shots": data["shots"],
-            "seed": config["seed"],
-            "checkpoint": "last iteration",
-        }
-        datasets = datasets or [data["root"] or data["name"]]
-        templates = data["templates"] if templates is None else templates
-        test_fraction = data["test_fraction"]
-    else:
-        bundle = load_clip(str(model), pretrained)
-    given = None if templates is None else tuple(templates)
-    names = list(datasets or ["digits"])
-    loaded = [load_dataset(n, templates=given, test_fraction=test_fraction) for n in names]
-    if shifts:
-        loaded += [load_dataset(n, templates=given) for n in loaded[0].shifts if n not in names]
-    evaluation = evaluate_bundle(
-        bundle, loaded, split=split, batch_size=batch_size, num_workers=num_workers, device=device
-    )
-    evaluation.context |= context
-    if output is not None:
-        write_json(output / "metrics.json", evaluation.to_json())
-        write_text(output / "report.md", evaluation_markdown(evaluation))
-    return evaluation
+_TEXTS_AT_A_TIME = 256
 
 
 def evaluate_bundle(
@@ -105,8 +38,15 @@ def evaluate_bundle(
     batch_size: int = 64,
     num_workers: int = 0,
     device: str = "auto",
+    unknown: Sequence[Dataset] = (),
+    keep_predictions: bool = False,
+    cache: bool = False,
+    max_bad: int = 0,
 ) -> Evaluation:
     """Measures a loaded model, with or without adapters, on loaded datasets.
+
+    Where torch.distributed is at work each process takes its share of the images, and all of
+    them return the same.
 
     Args:
         bundle: the model; its adapters are merged while it is measured and come off again.
@@ -115,57 +55,147 @@ def evaluate_bundle(
         batch_size: images at a time.
         num_workers: processes that decode images.
         device: where to compute.
+        unknown: datasets whose images are all of classes that the home dataset does not have.
+        keep_predictions: keep what is said of each image, in each result's ``predictions``.
+        cache: keep class embeddings, and image features of a frozen image tower, on disk.
+        max_bad: of each dataset, images that cannot be used are left out, up to so many.
+
+    Raises:
+        VlkrError: for a split that is missing or empty, an image that cannot be read, or logits
+            that are not finite.
     """
-    target = pick_device(device)
-    if batch_size < 1:
-        raise VlkrError(f"batch size {batch_size} is too small, expected at least 1")
-    if num_workers < 0:
-        raise VlkrError(f"number of workers {num_workers} is negative")
-    sources = [dataset.source(split) for dataset in datasets]
-    model = bundle.model.to(target).eval()
-    adapted = any(True for _ in hosts(model))
+    for dataset in (*datasets, *unknown):
+        dataset.source(split)
+    console = Console(stderr=True)
     progress = Progress(
         *Progress.get_default_columns()[:2],
         TextColumn("{task.completed} images"),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=rank() > 0 or not console.is_terminal,
     )
-    results: list[DatasetResult] = []
     embedded: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
-    with merged(model) if adapted else nullcontext(), torch.inference_mode(), progress:
-        for dataset, source in zip(datasets, sources, strict=True):
-            task = progress.add_task(dataset.name, total=dataset.sizes.get(split))
-            texts = (dataset.class_names, dataset.templates)
+
+    with measured(bundle, device) as subject, progress:
+
+        def predictions(dataset: Dataset, classes: Dataset) -> Predictions:
+            """Of a dataset's images, in the classes of another."""
+            texts = (classes.class_names, classes.templates)
             if texts not in embedded:
-                prompts = tokenize_prompts(bundle.tokenizer, *texts)
-                embedded[texts] = class_embeddings(model, prompts.to(target), chunk=64)
-            metrics = classification_metrics(len(dataset.class_names)).to(target)
-            images = 0
-            for batch in evaluation_loader(source, bundle.preprocess, batch_size, num_workers):
-                logits = _logits(model, batch.images.to(target), embedded[texts])
-                if not logits.isfinite().all():
-                    raise VlkrError(
-                        f"the model's logits on {dataset.name} are not finite: its training "
-                        "diverged, or its weights are damaged"
-                    )
-                metrics.update(logits, batch.labels.to(target))
-                images += len(batch.labels)
-                progress.update(task, completed=images)
-            expected = dataset.sizes.get(split, images)
-            if images == 0 or images != expected:
+                embedded[texts] = dataset_embeddings(subject, classes, cache=cache)
+            task = progress.add_task(dataset.name, total=dataset.sizes.get(split))
+            parts: list[Predictions] = []
+            problem: VlkrError | None = None
+            try:
+                for part in feature_batches(
+                    subject,
+                    dataset.source(split),
+                    batch_size,
+                    num_workers,
+                    cache=cache,
+                    max_bad=max_bad,
+                    advance=lambda images: progress.advance(task, images),
+                ):
+                    logits = _logits(subject.model, part.features, embedded[texts])
+                    if not logits.isfinite().all():
+                        raise VlkrError(
+                            f"the model's logits on {dataset.name} are not finite: its training "
+                            "diverged, or its weights are damaged"
+                        )
+                    parts.append(predict(logits, part.labels, part.keys, part.domains))
+            except VlkrError as error:
+                problem = error
+            found = Predictions.joined(gather(Predictions.joined(parts), problem))
+            expected = dataset.sizes.get(split, len(found))
+            if not len(found) or not expected - max_bad <= len(found) <= expected:
                 raise VlkrError(
-                    f"dataset {dataset.name!r} has {images or 'no'} images in its split {split!r}, "
-                    f"expected {expected or 'some'}"
+                    f"dataset {dataset.name!r} has {len(found) or 'no'} images in its split "
+                    f"{split!r}, expected {expected or 'some'}"
                 )
-            values = {name: round(float(v), 6) for name, v in metrics.compute().items()}
-            results.append(DatasetResult(dataset.name, split, images, dataset.template_set, values))
+            return found
+
+        said = [predictions(dataset, dataset) for dataset in datasets]
+        strange = [predictions(dataset, datasets[0]) for dataset in unknown]
+    results = [
+        dataset_result(dataset, split, found, keep_predictions)
+        for dataset, found in zip(datasets, said, strict=True)
+    ]
+    if strange:
+        results[0].metrics["auroc"] = unknown_auroc(said[0], Predictions.joined(strange))
     context = {
         "model": bundle.name,
         "pretrained": bundle.pretrained,
         "weights_sha256": bundle.weights_hash,
     }
+    if unknown:
+        context["unknown"] = " ".join(
+            f"{dataset.name} ({len(found)})"
+            for dataset, found in zip(unknown, strange, strict=True)
+        )
     return Evaluation(results, context)
 
 
-def _logits(model: nn.Module, images: Tensor, embeddings: Tensor) -> Tensor:
-    return logit_scale(model) * encode_image(model, images) @ embeddings.T
+def dataset_embeddings(subject: Measured, dataset: Dataset, *, cache: bool) -> Tensor:
+    """The classifier that a model has for a dataset: class embeddings from names and templates.
+
+    Args:
+        subject: the model.
+        dataset: class names and templates.
+        cache: read and keep them on disk, under the text tower's weights, names and templates.
+
+    Returns:
+        ``(num_classes, embed_dim)``, normalised, on the model's device.
+    """
+    bundle = subject.bundle
+    if bundle.head is not None:
+        learnt: Tensor = bundle.head(dataset.class_names)
+        return learnt.detach().to(subject.device)
+
+    def make() -> tuple[dict[str, Tensor], dict[str, str]]:
+        prompts = tokenize_prompts(bundle.tokenizer, dataset.class_names, dataset.templates)
+        prompts = prompts.to(subject.device)
+        embeddings = class_embeddings(bundle.model, prompts, chunk=_TEXTS_AT_A_TIME)
+        return {"embeddings": embeddings}, {"model": bundle.label}
+
+    if not cache:
+        return make()[0]["embeddings"]
+    key = {
+        "weights": subject.text_tower_hash,
+        "architecture": json.dumps(bundle.model_cfg, sort_keys=True, default=str),
+        "class_names": dataset.class_names,
+        "templates": dataset.templates,
+    }
+    return cached("class_embeddings", key, make)[0]["embeddings"].to(subject.device)
+
+
+def _logits(model: nn.Module, features: Tensor, embeddings: Tensor) -> Tensor:
+    """On the CPU and in fp64: no digit depends on how many images are multiplied at a time."""
+    scale = logit_scale(model).cpu().double()
+    return scale * features.cpu().double() @ embeddings.cpu().double().T
+
+
+def dataset_result(
+    dataset: Dataset, split: str, predictions: Predictions, keep_predictions: bool
+) -> DatasetResult:
+    """What predictions on a split of a dataset amount to."""
+    num_classes = len(dataset.class_names)
+    metrics = classification_metrics(predictions, num_classes)
+    confusion = confusion_matrix(predictions, num_classes)
+    domains = domain_accuracy(predictions, dataset.domains) if dataset.domains else {}
+    if len(domains) > 1:
+        accuracies = [domain.acc1 for domain in domains.values()]
+        metrics["mean_domain_acc1"] = round(sum(accuracies) / len(accuracies), 6)
+        metrics["worst_domain_acc1"] = min(accuracies)
+    return DatasetResult(
+        dataset.name,
+        split,
+        len(predictions),
+        dataset.template_set,
+        metrics,
+        domains,
+        reliability(predictions),
+        worst_confusions(confusion, dataset.class_names),
+        dataset.class_names,
+        confusion.tolist(),
+        predictions if keep_predictions else None,
+    )

@@ -1,0 +1,222 @@
+"""Image features of a split: encoded, or read from the cache where the image tower is frozen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlkr.adapters import merged
+from vlkr.adapters.inject import hosts
+from vlkr.datasets import Dataset, Source
+from vlkr.datasets.pipelines import evaluation_loader
+from vlkr.datasets.sources import skip_bad
+from vlkr.errors import VlkrError
+from vlkr.evaluation.cache import cached
+from vlkr.evaluation.distributed import world_size
+from vlkr.hashing import weights_hash
+from vlkr.models.clip import ClipBundle, encode_image, pick_device
+
+# A matrix product of few rows takes another kernel, whose sums differ in the last bits; padded to
+# a multiple of this many rows an image's features do not depend on who shares its batch.
+_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Features:
+    """Image features, and what is known of the images.
+
+    Attributes:
+        keys: of the samples.
+        labels: ``(num_images)``, int64.
+        domains: of the samples, None where the data does not tell.
+        features: ``(num_images, embed_dim)``, normalised, fp32.
+    """
+
+    keys: list[str]
+    labels: Tensor
+    domains: list[str | None]
+    features: Tensor
+
+    @classmethod
+    def joined(cls, parts: Iterable[Features]) -> Features:
+        """All of them, in order, on the CPU."""
+        parts = list(parts)
+        return cls(
+            [key for part in parts for key in part.keys],
+            torch.cat([part.labels for part in parts]),
+            [domain for part in parts for domain in part.domains],
+            torch.cat([part.features.cpu() for part in parts]),
+        )
+
+    def split(self, size: int) -> Iterator[Features]:
+        """Parts of at most ``size`` images."""
+        for i in range(0, len(self.keys), size):
+            part = slice(i, i + size)
+            yield Features(
+                self.keys[part], self.labels[part], self.domains[part], self.features[part]
+            )
+
+
+def image_features(
+    bundle: ClipBundle,
+    dataset: Dataset,
+    split: str,
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: str = "auto",
+    cache: bool = True,
+    max_bad: int = 0,
+) -> Features:
+    """Features of every image of a split, in the source's order.
+
+    They are cached under the image tower's weights, the preprocessing and the images' bytes,
+    unless the tower carries adapters.
+
+    Args:
+        bundle: the model; adapters count.
+        dataset: with the split.
+        split: which images.
+        batch_size: images at a time.
+        num_workers: processes that decode images.
+        device: where to compute.
+        cache: read and keep them on disk.
+        max_bad: images that cannot be used are left out, up to so many.
+
+    Raises:
+        VlkrError: if the split is missing or empty, or more images cannot be used.
+    """
+    source = dataset.source(split)
+    with measured(bundle, device) as subject:
+        parts = list(
+            feature_batches(subject, source, batch_size, num_workers, cache=cache, max_bad=max_bad)
+        )
+    if not parts:
+        raise VlkrError(f"dataset {dataset.name!r} has no images in its split {split!r}")
+    return Features.joined(parts)
+
+
+@dataclass
+class Measured:
+    """A model as it is measured: on its device, without gradients, adapters merged.
+
+    Attributes:
+        bundle: the model and what belongs to it.
+        device: where it lies.
+    """
+
+    bundle: ClipBundle
+    device: torch.device
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self.bundle.model
+
+    @cached_property
+    def image_tower_hash(self) -> str:
+        """Of the weights that image features depend on, merged adapters among them."""
+        return weights_hash(self.model.get_submodule("visual"))
+
+    @cached_property
+    def text_tower_hash(self) -> str:
+        """Of the weights that class embeddings depend on, merged adapters among them."""
+        return weights_hash(self.model, without="visual")
+
+
+@contextmanager
+def measured(bundle: ClipBundle, device: str) -> Iterator[Measured]:
+    """Puts a model on a device and merges its adapters within the block."""
+    target = pick_device(device)
+    model = bundle.model.to(target).eval()
+    adapted = any(True for _ in hosts(model))
+    with merged(model) if adapted else nullcontext(), torch.inference_mode():
+        yield Measured(bundle, target)
+
+
+def feature_batches(
+    subject: Measured,
+    source: Source,
+    batch_size: int,
+    num_workers: int,
+    *,
+    cache: bool,
+    max_bad: int = 0,
+    advance: Callable[[int], object] = lambda images: None,
+) -> Iterator[Features]:
+    """A split's features batch by batch; of several processes, each has its share.
+
+    Args:
+        subject: the model.
+        source: the images.
+        batch_size: images at a time.
+        num_workers: processes that decode images.
+        cache: read and keep those of a frozen image tower on disk, unless processes share them.
+        max_bad: images that cannot be used are left out, up to so many.
+        advance: called with the number of images of each batch that was encoded.
+    """
+    if batch_size < 1:
+        raise VlkrError(f"batch size {batch_size} is too small, expected at least 1")
+    if num_workers < 0:
+        raise VlkrError(f"number of workers {num_workers} is negative")
+    encoded = _encoded(subject, source, batch_size, num_workers, max_bad, advance)
+    adapted = any(path.split(".")[0] == "visual" for path, _ in hosts(subject.model))
+    if not cache or adapted or world_size() > 1:
+        yield from encoded
+        return
+
+    def make() -> tuple[dict[str, Tensor], dict[str, str]]:
+        parts = list(encoded)
+        if not parts:
+            return {}, {}
+        whole = Features.joined(parts)
+        texts = {"keys": json.dumps(whole.keys), "domains": json.dumps(whole.domains)}
+        return {"labels": whole.labels, "features": whole.features}, texts
+
+    key = {
+        "weights": subject.image_tower_hash,
+        "preprocess": json.dumps(subject.bundle.preprocess_cfg, sort_keys=True, default=str),
+        "images": fingerprint(source),
+        "max_bad": max_bad,
+    }
+    tensors, texts = cached("image_features", key, make)
+    if tensors:
+        keys, domains = json.loads(texts["keys"]), json.loads(texts["domains"])
+        yield from Features(keys, tensors["labels"], domains, tensors["features"]).split(batch_size)
+
+
+def fingerprint(source: Source) -> str:
+    """A hash of keys, labels, domains and encoded images, in order."""
+    digest = blake2b(digest_size=32)
+    for sample in skip_bad(source, lambda error: None):
+        about: list[Any] = [sample.key, sample.label, sample.domain, len(sample.image)]
+        digest.update(json.dumps(about).encode())
+        digest.update(sample.image)
+    return digest.hexdigest()
+
+
+def _encoded(
+    subject: Measured,
+    source: Source,
+    batch_size: int,
+    num_workers: int,
+    max_bad: int,
+    advance: Callable[[int], object],
+) -> Iterator[Features]:
+    rows = min(_ROWS, batch_size)
+    transform = subject.bundle.preprocess
+    for batch in evaluation_loader(source, transform, batch_size, num_workers, max_bad=max_bad):
+        number, images = len(batch.keys), batch.images
+        if missing := -number % rows:
+            images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
+        features = encode_image(subject.model, images.to(subject.device))[:number]
+        advance(number)
+        yield Features(batch.keys, batch.labels, batch.domains, features.float())
