@@ -14,7 +14,7 @@ from rich.console import Console
 from vlkr.datasets import DataOptions, load_dataset
 from vlkr.evaluation.report import Evaluation, markdown_table, rich_table
 from vlkr.evaluation.zero_shot import evaluate_bundle
-from vlkr.export.open_clip import ExportResult, export
+from vlkr.export.exporter import ExportResult, export
 from vlkr.files import atomic_file, check_free, write_json, write_text
 from vlkr.models.clip import TINY, load_clip
 from vlkr.training.adapt import AdapterOptions, adapt

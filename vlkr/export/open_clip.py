@@ -1,86 +1,80 @@
+"""An open_clip folder: ``open_clip_config.json``, ``open_clip_model.safetensors``, a tokenizer."""
+
 from __future__ import annotations
 
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
+import torch
+from PIL import Image
+from torch import Tensor
 
-from vlkr.adapters import merge_adapters
-from vlkr.errors import VlkrError
-from vlkr.evaluation.runs import load_run, run_dataset
-from vlkr.export.parity import Parity, check_parity
-from vlkr.files import atomic_folder, check_free, write_json
-from vlkr.models.clip import load_clip, save_open_clip_folder
+from vlkr.export.formats import (
+    Classifier,
+    Description,
+    Predictor,
+    Subject,
+    cast_tensors,
+    require_text,
+)
+from vlkr.models.clip import (
+    encode_image,
+    encode_text,
+    load_clip,
+    save_open_clip_folder,
+    save_tokenizer,
+)
 
-_CARD = "vlkr_export.json"
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """A written export.
-
-    Attributes:
-        folder: where it is.
-        parity: how near its features are to the adapted model's.
-    """
-
-    folder: Path
-    parity: Parity
-
-    def to_json(self) -> dict[str, Any]:
-        """Folder and agreement."""
-        return {"folder": str(self.folder), "parity": self.parity.to_json()}
-
-    def show(self, console: Console) -> None:
-        """Prints where the export is and how near it comes to the adapted model."""
-        console.print(
-            f"Exported to [bold]{escape(str(self.folder))}[/]. Loaded again and compared on "
-            f"{self.parity.images} test images: least cosine of image features "
-            f"{self.parity.min_image_cosine:.6f}, of class embeddings "
-            f"{self.parity.min_text_cosine:.6f}, same predictions "
-            f"{self.parity.same_predictions:.0%}.",
-            highlight=False,
-        )
+_SNIPPET = """\
+import open_clip
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}")
+tokenizer = open_clip.get_tokenizer("local-dir:{folder}")
+"""
 
 
-def export(run: Path, output: Path, force: bool = False) -> ExportResult:
-    """Writes a run's adapted model as a plain open_clip folder, which needs no vlkr.
+def describe(subject: Subject) -> Description:
+    """An image-text model."""
+    require_text(subject, "open_clip")
+    return Description(
+        "open_clip",
+        "The whole model with the adapter merged into its weights: `open_clip_config.json` "
+        "(architecture and preprocessing) and `open_clip_model.safetensors`. The tokenizer is "
+        "open_clip's default unless its files lie beside them. open_clip computes in fp32, "
+        "whatever the weights are stored in, unless it is given a `precision`.",
+        _SNIPPET,
+    )
 
-    ``open_clip.create_model_and_transforms("local-dir:OUTPUT")`` loads it. The adapters are merged
-    in fp32. The export is loaded again and compared with the adapted model on test images before
-    it gets its name.
 
-    Args:
-        run: written by ``vlkr adapt``.
-        output: the folder to write.
-        force: replace what is there.
+def write(subject: Subject, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the merged model."""
+    save_open_clip_folder(subject.adapted, folder, cast_tensors(subject.plain.state_dict(), dtype))
+    save_tokenizer(subject.adapted, folder)
 
-    Raises:
-        VlkrError: if the run cannot be read, ``output`` exists, or the export differs.
-    """
-    check_free(output, force=force)
-    if output.is_dir() and any(output.iterdir()) and not (output / _CARD).is_file():
-        raise VlkrError(f"{output} holds no export; --force replaces nothing else")
-    bundle, config = load_run(run)
-    dataset = run_dataset(config)
-    plain = deepcopy(bundle.model)
-    merge_adapters(plain)
-    with atomic_folder(output, force=force) as temporary:
-        save_open_clip_folder(bundle, temporary, plain.state_dict())
-        reloaded = load_clip(f"local-dir:{temporary}")
-        parity = check_parity(bundle, reloaded, dataset)
-        write_json(
-            temporary / _CARD,
-            {
-                "base_model": bundle.name,
-                "base_pretrained": bundle.pretrained,
-                "base_sha256": bundle.weights_hash,
-                "weights_sha256": reloaded.weights_hash,
-                "adapter": config["adapter"],
-                "parity": parity.to_json(),
-            },
-        )
-    return ExportResult(output, parity)
+
+class OpenClipPredictor(Predictor):
+    """By open_clip."""
+
+    def __init__(self, folder: Path, classifier: Classifier, device: torch.device) -> None:
+        super().__init__(classifier, device)
+        self.bundle = load_clip(f"local-dir:{folder}")
+        self.bundle.model.to(device)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """By ``preprocess_cfg``."""
+        return self.bundle.preprocess(image)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Of the image tower."""
+        return encode_image(self.bundle.model, pixels)
+
+    def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor:
+        """Of the text tower, by the folder's tokenizer."""
+        return encode_text(self.bundle.model, self.bundle.tokenizer(list(texts)).to(self.device))
+
+
+def load(
+    folder: Path, manifest: dict[str, Any], classifier: Classifier, device: torch.device
+) -> OpenClipPredictor:
+    """Reads the folder."""
+    return OpenClipPredictor(folder, classifier, device)

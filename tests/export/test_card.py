@@ -1,0 +1,257 @@
+"""The model card, and the hub it goes to: a stub on loopback."""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub.constants
+import pytest
+import yaml
+from helpers import tree
+
+from vlkr.cli import main
+from vlkr.errors import VlkrError
+from vlkr.evaluation.runs import load_run
+from vlkr.export.card import base_licence
+from vlkr.export.exporter import export, load_subject
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as one upload needs; keeps what it is sent."""
+
+    def do_POST(self):
+        server, path = self.server, self.path.split("?")[0]
+        body = self._body()
+        server.requests.append((path, self.headers.get("Authorization")))
+        if server.refuse:
+            self._answer(server.refuse, {"error": "the stub refuses"})
+        elif path == "/api/repos/create":
+            server.created = json.loads(body)
+            self._answer(200, {"url": f"{server.address}/me/digits", "id": "1"})
+        elif path == "/api/validate-yaml":
+            server.card = json.loads(body)["content"]
+            self._answer(200, {"errors": [], "warnings": []})
+        elif path.endswith("/preupload/main"):
+            files = [
+                {"path": f["path"], "uploadMode": _mode(f["path"]), "shouldIgnore": False}
+                for f in json.loads(body)["files"]
+            ]
+            self._answer(200, {"files": files})
+        elif path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                o | {"actions": {"upload": {"href": f"{server.address}/lfs/{o['oid']}"}}}
+                for o in json.loads(body)["objects"]
+            ]
+            self._answer(200, {"transfer": "basic", "objects": objects})
+        else:
+            assert path.endswith("/commit/main"), path
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    server.files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    server.files[value["path"]] = server.large[value["oid"]]
+                else:
+                    server.message = value["summary"]
+            url = f"{server.address}/me/digits/commit/0"
+            self._answer(200, {"commitUrl": url, "commitOid": "0", "success": True})
+
+    def do_PUT(self):
+        body = self._body()
+        digest = hashlib.sha256(body).hexdigest()
+        assert self.path == f"/lfs/{digest}"
+        self.server.large[digest] = body
+        self._answer(200, {})
+
+    def do_GET(self):
+        self._answer(404, {"error": "no such thing"})
+
+    def _body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _answer(self, status, value):
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+def _mode(path):
+    return "lfs" if path.endswith(".safetensors") else "regular"
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    server.refuse, server.requests, server.files, server.large = 0, [], {}, {}
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+UPLOAD = """
+import sys
+from vlkr.cli import main
+status = main(sys.argv[1:])
+print(*sorted({"onnx", "onnxruntime", "vlkr.export.transformers"} & set(sys.modules)))
+sys.exit(status)
+"""
+
+
+def test_push_to_hub(run, hub, tmp_path):
+    output = tmp_path / "digits"
+    arguments = ["export", "--run", run, "--output", output, "--push-to-hub", "me/digits"]
+    environment = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", UPLOAD, *map(str, arguments)],
+        env=os.environ | environment | {"HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    printed, imported = done.stdout.rsplit("\n", 2)[:2]
+    assert "/me/digits" in printed
+    assert imported == ""  # what the format does not need
+    assert hub.files == tree(output)
+    assert len(hub.large) == 2
+    assert hub.created["name"] == "digits"
+    assert hub.created["organization"] == "me"
+    assert hub.message == "Export by vlkr"
+    assert {token for path, token in hub.requests if path.startswith("/api/")} == {
+        "Bearer hf_secret"
+    }
+    card = hub.files["README.md"].decode()
+    assert 'snapshot_download("me/digits", local_dir="digits")' in card
+    assert card.split("---\n")[1] in hub.card
+
+
+@pytest.mark.parametrize("refuse", [500, 403, None])
+def test_a_push_that_fails_leaves_the_export(refuse, run, hub, tmp_path, monkeypatch, capsys):
+    address = hub.address if refuse else "http://127.0.0.1:9"
+    hub.refuse = refuse
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    arguments = ["export", "--run", str(run), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--push-to-hub", "me/digits"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"wrote {tmp_path / 'out'}, and could not push it to me/digits: " in line
+    assert "hf_secret" not in line
+    assert (tmp_path / "out" / "vlkr_export.json").is_file()
+
+
+def test_no_token_is_told_before_anything_is_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlkr.export.hub.get_token", lambda: None)
+    with pytest.raises(VlkrError, match="no token of the hub to push with: set HF_TOKEN"):
+        export(run, tmp_path / "out", push_to_hub="me/digits")
+    assert tree(tmp_path) == {}
+
+
+# The card
+
+
+@pytest.fixture(scope="module")
+def card(digits_run, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cards") / "digits-clip"
+    export(digits_run, output, dtype="float16")
+    _, front, text = (output / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def test_front_matter(card, digits_run):
+    front, _ = card
+    metrics = json.loads((digits_run / "metrics.json").read_text())["results"][0]
+    assert front["base_model"] == "tiny"
+    assert front["license"] == "mit"
+    assert front["library_name"] == "open_clip"
+    assert front["pipeline_tag"] == "zero-shot-image-classification"
+    assert front["datasets"] == ["digits"]
+    assert front["adapter"]["name"] == "kradapter"
+    (result,) = front["model-index"][0]["results"]
+    assert result["dataset"] == {"name": "digits", "type": "digits", "split": "test"}
+    (metric,) = result["metrics"]
+    assert (metric["type"], metric["value"]) == ("accuracy", metrics["metrics"]["acc1"])
+
+
+def test_card_tells_what_was_exported_and_from_what(card, digits_run):
+    _, text = card
+    bundle, _ = load_run(digits_run)
+    metrics = json.loads((digits_run / "metrics.json").read_text())["results"][0]
+    for part in (
+        f"| base weights, SHA-256 | {bundle.weights_hash} |",
+        "| base licence | mit |",
+        "| data | digits, 4 shots, seed 1 |",
+        "| data licence | CC BY 4.0 |",
+        "| dtype of the weights | float16 |",
+        "zero, one, two, three",
+        "the digit {c}",
+        "mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5), interpolation bicubic, resize_mode squash",
+        "Compared on 64 test images",
+        f"vlkr export --run {digits_run.name} --format open_clip --output digits-clip "
+        "--dtype float16",
+        f"| digits | test | 510 | {100 * metrics['metrics']['acc1']:.1f} |",
+        "templates digits card (3), checkpoint last iteration",
+        'create_model_and_transforms("local-dir:digits-clip")',
+    ):
+        assert part in text, part
+    assert str(digits_run.parent) not in text
+
+
+def test_metrics_of_full_strength_are_not_those_of_another(run, tmp_path):
+    export(run, tmp_path / "out", alpha=0.5)
+    _, front, text = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
+    assert "model-index" not in yaml.safe_load(front)
+    assert "not at the strength of this export" in text
+    assert "--alpha 0.5" in text
+
+
+def test_card_names_no_folders_of_this_machine(run, vit_run, tmp_path):
+    export(run, tmp_path / "out")
+    export(vit_run, tmp_path / "vit", format="timm")
+    for name, source in (("out", run), ("vit", vit_run)):
+        card = (tmp_path / name / "README.md").read_text()
+        assert str(source.parent) not in card
+        assert str(tmp_path.parents[1]) not in card
+    assert "The run was not measured." in card
+    assert yaml.safe_load(card.split("---\n")[1])["pipeline_tag"] == "image-classification"
+
+
+@pytest.mark.parametrize(
+    ("readme", "licence"),
+    [
+        (None, None),
+        ("# No front matter\n", None),
+        ("---\ntags: [clip]\n---\n# Clip\n", None),
+        ("---\nlicense: apache-2.0\n---\n# Clip\n", "apache-2.0"),
+        ("---\n: {\n---\n# Broken\n", None),
+    ],
+)
+def test_licence_of_the_base(readme, licence, write_model, make_run, tmp_path):
+    run = make_run(tmp_path / "run", write_model(tmp_path / "clip"))
+    if readme is not None:
+        (tmp_path / "clip" / "README.md").write_text(readme)
+    subject, _ = load_subject(run, 1.0)
+    assert base_licence(subject) == licence
+    subject.adapted.name, subject.adapted.pretrained = "ViT-B-32", "openai"
+    assert base_licence(subject) == "mit"

@@ -1,0 +1,322 @@
+"""Each export, loaded by README's lines in a process where vlkr cannot be imported."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ROOT
+from safetensors.torch import load_file, save_file
+
+from vlkr.adapters import set_adapter_scale
+from vlkr.evaluation.runs import load_run, run_dataset
+from vlkr.export.exporter import export
+from vlkr.models.zero_shot import class_embeddings
+
+SHARD = ROOT / "data" / "digits" / "test" / "0.tar"
+COUNT = 96
+SIZES = (1, 7, 64)
+
+START = """
+import importlib.abc, io, json, sys, tarfile
+import numpy as np
+from PIL import Image
+task = json.loads(sys.argv[1])
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in task["blocked"]:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+sys.meta_path.insert(0, Blocked())
+try:
+    import vlkr
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("vlkr was imported")
+with tarfile.open(task["shard"]) as archive:
+    entries = [entry for entry in archive if entry.name.endswith(".png")][: task["count"]]
+    images = [
+        Image.open(io.BytesIO(archive.extractfile(entry).read())).convert("RGB")
+        for entry in entries
+    ]
+prompts, names = task["prompts"], task["names"]
+def pixels_of(metadata):
+    # A user's own lines: pixels from the settings that the file tells.
+    settings = metadata["preprocessing"]
+    assert settings["interpolation"] == "bicubic" and settings["crop_pct"] == 1
+    assert all(image.width == image.height for image in images)  # no crop, whatever the mode
+    size = settings["size"][::-1]
+    squashed = [np.asarray(image.resize(size, Image.BICUBIC), np.float32) / 255 for image in images]
+    mean, std = np.float32(settings["mean"]), np.float32(settings["std"])
+    return np.ascontiguousarray(((np.stack(squashed) - mean) / std).transpose(0, 3, 1, 2))
+def save(name, **arrays):
+    np.savez(name + ".npz", **{key: np.asarray(array) for key, array in arrays.items()})
+"""
+
+# What a user does next, by README's names: features of images and texts, logits of the classes.
+ENDS = {
+    "open_clip": """
+import torch
+model.eval()
+with torch.no_grad():
+    features = model.encode_image(torch.stack([preprocess(i) for i in images]), normalize=True)
+    texts = model.encode_text(tokenizer(prompts), normalize=True)
+classes = torch.nn.functional.normalize(texts.unflatten(0, (len(names), -1)).mean(1), dim=-1)
+logits = model.logit_scale.exp().detach() * features @ classes.T
+save(NAME, features=features, texts=texts, logits=logits)
+""",
+    "transformers": """
+import torch
+with torch.no_grad():
+    found = model(**processor(text=prompts, images=images, padding=True, return_tensors="pt"))
+texts = found.text_embeds
+classes = torch.nn.functional.normalize(texts.unflatten(0, (len(names), -1)).mean(1), dim=-1)
+logits = model.logit_scale.exp().detach() * found.image_embeds @ classes.T
+save(NAME, features=found.image_embeds, texts=texts, logits=logits)
+""",
+    "timm": """
+import torch
+with torch.no_grad():
+    pixels = torch.stack([preprocess(i) for i in images])
+    logits = model(pixels)
+    headless = timm.create_model("local-dir:" + NAME, pretrained=True, num_classes=0).eval()
+    features = torch.nn.functional.normalize(headless(pixels), dim=-1)
+assert model.pretrained_cfg["label_names"] == names
+save(NAME, features=features, logits=logits)
+""",
+    "timm tower": """
+import torch
+with torch.no_grad():
+    features = torch.nn.functional.normalize(model(torch.stack([preprocess(i) for i in images])))
+save(NAME, features=features)
+""",
+    "adapter": """
+import torch
+from transformers import AutoProcessor
+processor = AutoProcessor.from_pretrained("base")
+with torch.no_grad():
+    found = model(**processor(text=prompts, images=images, padding=True, return_tensors="pt"))
+texts = found.text_embeds
+classes = torch.nn.functional.normalize(texts.unflatten(0, (len(names), -1)).mean(1), dim=-1)
+save(NAME, features=found.image_embeds, texts=texts, logits=found.image_embeds @ classes.T)
+""",
+    "onnx": """
+def session(name):
+    return onnxruntime.InferenceSession(NAME + "/" + name + ".onnx")
+metadata = {k: json.loads(v) for k, v in classifier.get_modelmeta().custom_metadata_map.items()}
+assert labels == names
+pixels = pixels_of(metadata)
+encoder = session("image_encoder")
+(features,) = encoder.run(["image_features"], {"pixel_values": pixels})
+(logits,) = classifier.run(["logits"], {"pixel_values": pixels})
+tokens = np.int64(task["tokens"])
+(texts,) = session("text_encoder").run(["text_features"], {"input_ids": tokens})
+for size in task["sizes"]:
+    some = np.resize(pixels, (size, *pixels.shape[1:]))
+    (part,) = encoder.run(None, {"pixel_values": some})
+    assert np.abs(part - np.resize(features, part.shape)).max() < 1e-5, size
+    (part,) = classifier.run(None, {"pixel_values": some})
+    assert part.shape == (size, len(names))
+    some = np.resize(tokens, (size, tokens.shape[1]))
+    (part,) = session("text_encoder").run(None, {"input_ids": some})
+    assert len(part) == size
+assert "torch" not in sys.modules
+save(NAME, features=features, texts=texts, logits=logits)
+""",
+    "torch": """
+extra = {"metadata.json": ""}
+torch.export.load(NAME + "/classifier.pt2", extra_files=extra)
+metadata = json.loads(extra["metadata.json"])
+assert metadata["labels"] == names
+pixels = torch.from_numpy(pixels_of(metadata))
+tokens = torch.tensor(task["tokens"])
+text_encoder = torch.export.load(NAME + "/text_encoder.pt2").module()
+with torch.no_grad():
+    features, logits, texts = image_encoder(pixels), classifier(pixels), text_encoder(tokens)
+    for size in task["sizes"]:
+        repeated = torch.arange(size)
+        some = pixels[repeated % len(pixels)]
+        found = image_encoder(some)
+        assert (found - features[repeated % len(pixels)]).abs().max() < 1e-5, size
+        assert classifier(some).shape == (size, len(names))
+        assert len(text_encoder(tokens[repeated % len(tokens)])) == size
+save(NAME, features=features, texts=texts, logits=logits)
+""",
+}
+GROUPS = {
+    "libraries": {"open_clip", "transformers", "timm", "adapter"},
+    "onnx": {"onnx"},
+    "torch": {"torch"},
+}
+# torch looks for onnx and torchvision by itself, and does not need them.
+BLOCKED = {
+    "libraries": {"vlkr"},
+    "onnx": {"vlkr", "open_clip", "timm", "transformers", "peft", "torch", "onnx"},
+    "torch": {"vlkr", "open_clip", "timm", "transformers", "peft", "lightning", "safetensors"},
+}
+
+
+def reload(cwd, lines, run, blocked, count=COUNT):
+    """Runs the lines that load exports, by the exports' names, and what a user does next."""
+    names, prompts, tokens = texts_of(run)
+    parts = [START]
+    for name, (format_name, text) in lines.items():
+        parts += [f"NAME = {name!r}\n", text, ENDS[format_name]]
+    parts.append("assert not [name for name in sys.modules if name.split('.')[0] == 'vlkr']\n")
+    task = {
+        "blocked": sorted(blocked),
+        "shard": str(SHARD),
+        "count": count,
+        "sizes": SIZES,
+        "prompts": prompts,
+        "tokens": tokens,
+        "names": names,
+    }
+    code = "".join(parts).replace("import torch\n", "import torch; torch.set_num_threads(1)\n", 1)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, json.dumps(task)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: dict(np.load(cwd / f"{name}.npz")) for name in lines}
+
+
+def texts_of(run):
+    """Class names, prompts and their token ids of a run's data."""
+    bundle, config = load_run(run)
+    dataset = run_dataset(config)
+    prompts = [t.replace("{c}", c) for c in dataset.class_names for t in dataset.templates]
+    tokens = bundle.tokenizer(prompts).tolist() if bundle.has_text else []
+    return list(dataset.class_names), prompts, tokens
+
+
+@torch.no_grad()
+def adapted(run, images, scale=1):
+    """What the adapted model computes, with its adapters on: features, texts, predictions."""
+    bundle, config = load_run(run)
+    set_adapter_scale(bundle.model, scale)
+    dataset = run_dataset(config)
+    pixels = torch.stack([bundle.preprocess(image) for image in images])
+    features = F.normalize(bundle.model.encode_image(pixels), dim=-1)
+    if bundle.has_text:
+        prompts = [t.replace("{c}", c) for c in dataset.class_names for t in dataset.templates]
+        tokens = bundle.tokenizer(prompts)
+        texts = F.normalize(bundle.model.encode_text(tokens), dim=-1)
+        classes = class_embeddings(
+            bundle.model, tokens.unflatten(0, (len(dataset.class_names), -1))
+        )
+    else:
+        texts, classes = None, bundle.head()
+    return features, texts, (features @ classes.T).argmax(1)
+
+
+def assert_same(found, run, images):
+    features, texts, predictions = adapted(run, images)
+    assert F.cosine_similarity(torch.tensor(found["features"]), features).min() >= 0.99999
+    if "texts" in found:
+        assert F.cosine_similarity(torch.tensor(found["texts"]), texts).min() >= 0.99999
+    if "logits" in found:
+        assert torch.equal(torch.tensor(found["logits"]).argmax(1), predictions)
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        "libraries",
+        pytest.param("onnx", marks=pytest.mark.slow),
+        pytest.param("torch", marks=pytest.mark.slow),
+    ],
+)
+def test_readme_loads_each_format_without_vlkr(group, exports, digit_images):
+    lines = {
+        name: (exports.options[name]["--format"], text)
+        for name, text in exports.python.items()
+        if exports.options[name]["--format"] in GROUPS[group]
+    }
+    assert {format_name for format_name, _ in lines.values()} == GROUPS[group]
+    for name, (_, text) in lines.items():
+        assert len(text.splitlines()) == 3
+        exports.make(name)
+        assert text in (exports.folder / name / "README.md").read_text()
+    if group == "libraries":
+        exports.make("base")
+    run = exports.run("digits-open_clip")
+    found = reload(exports.folder, lines, run, BLOCKED[group])
+    for name in lines:
+        assert_same(found[name], exports.run(name), digit_images)
+        assert exports.seconds[name] < 30, f"{name} took {exports.seconds[name]:.0f} s"
+
+
+@pytest.mark.slow
+def test_the_rest_of_readme_runs(exports, capsys, monkeypatch):
+    exports.make("digits-onnx")
+    exports.make("digits-open_clip")
+    table, to_file = exports.predict
+    capsys.readouterr()
+    assert exports.call(table) == 0
+    printed = capsys.readouterr().out
+    assert "6 images, 0 of them could not be read" in printed
+    assert all(f"{i}.png" in printed for i in range(6))
+    assert exports.call(to_file) == 0
+    lines = (exports.folder / "labels.csv").read_text().splitlines()
+    assert len(lines) == 7
+    assert lines[0].startswith("image,label,probability,label_2,probability_2,label_3")
+    monkeypatch.chdir(exports.folder)
+    (text,) = exports.rest
+    exec(text, {})
+    weights = load_file(exports.folder / "digits-half" / "open_clip_model.safetensors")
+    assert weights["visual.proj"].dtype == torch.float16
+
+
+def test_the_adapted_models_differ_from_their_bases(digits_run, lora_run, vit_run, digit_images):
+    for run in (digits_run, lora_run, vit_run):
+        features, _, predictions = adapted(run, digit_images)
+        before, _, base_predictions = adapted(run, digit_images, scale=0)
+        assert len(predictions.unique()) > 1
+        assert F.cosine_similarity(features, before).min() < 0.99
+        assert not torch.equal(predictions, base_predictions)
+
+
+@pytest.fixture(scope="module")
+def vit_b_32(tmp_path_factory, make_run):
+    """A run of open_clip's ViT-B-32 with random weights, with a LoRA."""
+    folder = tmp_path_factory.mktemp("vit_b_32")
+    torch.manual_seed(0)
+    weights = open_clip.create_model("ViT-B-32").state_dict()
+    save_file(weights, folder / "weights.safetensors")
+    model = ("ViT-B-32", str(folder / "weights.safetensors"))
+    return make_run(folder / "run", *model, adapter="lora", std=0.1, rank=4)
+
+
+@pytest.fixture(scope="module")
+def timm_clip(tmp_path_factory, make_run, write_model):
+    """A run of a CLIP whose image tower is timm's ViT-Ti/16."""
+    folder = tmp_path_factory.mktemp("timm_clip")
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "image_size": 224}
+    return make_run(folder / "run", write_model(folder / "clip", vision_cfg=vision), std=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        *(("vit_b_32", name) for name in ("open_clip", "transformers", "adapter", "onnx", "torch")),
+        *(("timm_clip", name) for name in ("open_clip", "timm tower", "onnx", "torch")),
+    ],
+)
+def test_larger_models_without_vlkr(model, name, request, digit_images, tmp_path):
+    run = request.getfixturevalue(model)
+    export(run, tmp_path / "out", format=name.removesuffix(" tower"))
+    if name == "adapter":
+        export(run, tmp_path / "base", format="transformers", alpha=0)
+    card = (tmp_path / "out" / "README.md").read_text()
+    lines = {"out": (name, card.split("```python\n")[1].split("```")[0])}
+    found = reload(tmp_path, lines, run, BLOCKED.get(name, {"vlkr"}), count=8)
+    assert_same(found["out"], run, digit_images[:8])

@@ -1,0 +1,136 @@
+"""The functions that graph formats hold, as modules that ``torch.export`` can trace."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from vlkr.errors import VlkrError
+from vlkr.export.formats import Subject, unit_norm
+from vlkr.models.clip import encode_image
+
+INPUTS = {
+    "image_encoder": "pixel_values",
+    "text_encoder": "input_ids",
+    "classifier": "pixel_values",
+}
+OUTPUTS = {
+    "image_encoder": "image_features",
+    "text_encoder": "text_features",
+    "classifier": "logits",
+}
+
+
+class ImageEncoder(nn.Module):
+    """Pixels, fp32 and normalised, to unit norm ``(batch, embed_dim)``, fp32."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """``(batch, 3, height, width)`` to ``(batch, embed_dim)``."""
+        return unit_norm(encode_image(self.model, pixel_values.to(self.dtype)))
+
+
+class TextEncoder(nn.Module):
+    """Token ids to unit norm ``(num_texts, embed_dim)``, fp32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """``(num_texts, context_length)``, int64, to ``(num_texts, embed_dim)``."""
+        return unit_norm(self.model.encode_text(input_ids))  # type: ignore[operator]
+
+
+class ImageClassifier(nn.Module):
+    """Pixels to the logits of the run's classes, whose embeddings are baked in."""
+
+    def __init__(self, encoder: ImageEncoder, class_embeddings: Tensor, scale: float) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.weight: Tensor
+        self.register_buffer("weight", scale * class_embeddings)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """``(batch, 3, height, width)`` to ``(batch, num_classes)``."""
+        features: Tensor = self.encoder(pixel_values)
+        return features @ self.weight.T
+
+
+def trace(subject: Subject, dtype: torch.dtype) -> Iterator[tuple[str, ExportedProgram]]:
+    """The graphs by name, each for any batch size; no text encoder of a model without text.
+
+    Args:
+        subject: the adapted model.
+        dtype: of weights and computation; inputs and outputs are fp32 in any case.
+
+    Raises:
+        VlkrError: if ``torch.export`` cannot trace an encoder.
+    """
+    model = subject.plain
+    encoder = ImageEncoder(_part(model, ["visual"], dtype), dtype)
+    head = subject.classifier
+    pixels = torch.zeros(2, 3, *subject.preprocessing.size)
+    graphs: dict[str, tuple[nn.Module, Tensor]] = {"image_encoder": (encoder, pixels)}
+    if subject.adapted.has_text:
+        text = [name for name in model._modules if name not in ("visual", "text_decoder")]
+        tokens = subject.adapted.tokenizer([head.class_names[0], head.class_names[-1]])
+        graphs["text_encoder"] = (TextEncoder(_part(model, text, dtype)), tokens)
+    classifier = ImageClassifier(encoder, head.class_embeddings, head.logit_scale)
+    graphs["classifier"] = (classifier, pixels)
+    for name, (module, example) in graphs.items():
+        try:
+            with torch.no_grad(), quiet():
+                program = torch.export.export(
+                    module.eval(),
+                    (example,),
+                    dynamic_shapes={INPUTS[name]: {0: Dim("batch")}},
+                    strict=False,
+                )
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+            raise VlkrError(
+                f"torch.export cannot trace the {name.replace('_', ' ')} of model "
+                f"{subject.adapted.name!r}: {reason[:300]}"
+            ) from error
+        program.example_inputs = None
+        yield name, program
+
+
+def graph_metadata(subject: Subject) -> dict[str, Any]:
+    """What a program needs beside a graph."""
+    head = subject.classifier
+    return {
+        "labels": list(head.class_names),
+        "templates": list(head.templates),
+        "logit_scale": head.logit_scale,
+        "preprocessing": subject.preprocessing.to_json(),
+    }
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leaves out warnings that tracers address to their own developers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _part(model: nn.Module, children: list[str], dtype: torch.dtype) -> nn.Module:
+    """The model without the weights that one encoder does not use."""
+    part = copy.copy(model)
+    part._modules = {name: model._modules[name] for name in children}
+    if children == ["visual"]:
+        part._parameters, part._buffers = {}, {}
+    return part if dtype is torch.float32 else copy.deepcopy(part).to(dtype)

@@ -1,0 +1,148 @@
+"""ONNX graphs, checked by onnx and run by onnxruntime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime  # type: ignore[import-untyped]
+import torch
+from numpy.typing import NDArray
+from onnxscript import ir
+from PIL import Image
+from torch import Tensor
+
+from vlkr.errors import VlkrError
+from vlkr.export.formats import Classifier, Description, Predictor, Subject
+from vlkr.export.graphs import INPUTS, OUTPUTS, graph_metadata, quiet, trace
+from vlkr.export.preprocessing import Preprocessing
+from vlkr.export.tokenizer import write_tokenizer_json
+
+_SNIPPET = """\
+import json, onnxruntime
+classifier = onnxruntime.InferenceSession("{folder}/classifier.onnx")
+labels = json.loads(classifier.get_modelmeta().custom_metadata_map["labels"])
+"""
+_LARGE = 2**30  # protobuf ends at 2 GiB, so that larger weights lie in a file of their own
+_DTYPES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+
+
+def describe(subject: Subject) -> Description:
+    """Graphs."""
+    height, width = subject.preprocessing.size
+    text = (
+        "`text_encoder.onnx`, `input_ids` from the tokenizer's files to `text_features` of norm 1; "
+    )
+    return Description(
+        "onnx",
+        "Graphs for any batch size: `image_encoder.onnx`, `pixel_values` (batch, 3, "
+        f"{height}, {width}), normalised, to `image_features` of norm 1; "
+        f"{text * subject.adapted.has_text}`classifier.onnx`, `pixel_values` to `logits` of the "
+        "classes. Their metadata hold labels, preprocessing and logit scale as JSON. "
+        "Half-precision weights are stored as such and computed with in fp32, which every "
+        "execution provider can do.",
+        _SNIPPET,
+    )
+
+
+def write(subject: Subject, folder: Path, dtype: torch.dtype) -> None:
+    """Writes and checks the graphs."""
+    if subject.adapted.has_text:
+        write_tokenizer_json(subject.adapted, folder / "tokenizer.json")
+    metadata = {key: json.dumps(value) for key, value in graph_metadata(subject).items()}
+    for name, program in trace(subject, torch.float32):
+        with quiet():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=[INPUTS[name]],
+                output_names=[OUTPUTS[name]],
+                dynamic_shapes={INPUTS[name]: {0: "batch"}},
+            )
+        assert exported is not None
+        model = exported.model
+        if dtype in _DTYPES:
+            _store_in(model, _DTYPES[dtype])
+        model.metadata_props.update(metadata)
+        weights = (value.const_value for value in model.graph.initializers.values())
+        large = sum(tensor.nbytes for tensor in weights if tensor is not None) > _LARGE
+        path = folder / f"{name}.onnx"
+        ir.save(model, path, external_data=f"{name}.onnx.data" if large else None)
+        onnx.checker.check_model(path, full_check=True)
+
+
+def _store_in(model: ir.Model, dtype: ir.DataType) -> None:
+    """Keeps the weights in half precision, each with a cast to fp32 behind it."""
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size == 1:
+            continue
+        half = ir.Tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype)
+        stored = ir.Value(
+            name=f"{value.name}.{dtype.name.lower()}",
+            shape=ir.Shape(list(tensor.numpy().shape)),
+            type=ir.TensorType(dtype),
+            const_value=half,
+        )
+        node = ir.node("Cast", [stored], attributes={"to": ir.DataType.FLOAT.value})
+        wide = node.outputs[0]
+        wide.name, wide.shape, wide.type = value.name, value.shape, value.type
+        ir.convenience.replace_all_uses_with(value, wide)
+        del graph.initializers[str(value.name)]
+        graph.register_initializer(stored)
+        graph.insert_before(graph[0], node)
+
+
+class OnnxPredictor(Predictor):
+    """By onnxruntime."""
+
+    def __init__(self, folder: Path, classifier: Classifier, device: torch.device) -> None:
+        super().__init__(classifier, device)
+        self.folder = folder
+        provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+        if provider not in onnxruntime.get_available_providers():
+            raise VlkrError(f"onnxruntime has no {provider} here; use device 'cpu'")
+        self.providers = [provider]
+        self.graph = self._session("classifier")
+        metadata = self.graph.get_modelmeta().custom_metadata_map
+        preprocessing = Preprocessing.from_json(json.loads(metadata["preprocessing"]))
+        self.transform = preprocessing.transform()
+
+    def _session(self, name: str) -> Any:
+        path = str(self.folder / f"{name}.onnx")
+        return onnxruntime.InferenceSession(path, providers=self.providers)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """By the classifier's metadata."""
+        return self.transform(image)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Of ``image_encoder.onnx``."""
+        return _run(self._session("image_encoder"), pixels).to(self.device)
+
+    def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor:
+        """Of ``text_encoder.onnx``."""
+        return _run(self._session("text_encoder"), tokens).to(self.device)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Of ``classifier.onnx``."""
+        return _run(self.graph, pixels).to(self.device)
+
+
+def _run(session: Any, inputs: Tensor) -> Tensor:
+    (output,) = session.run(None, {session.get_inputs()[0].name: inputs.cpu().numpy()})
+    array: NDArray[np.float32] = output
+    return torch.from_numpy(array)
+
+
+def load(
+    folder: Path, manifest: dict[str, Any], classifier: Classifier, device: torch.device
+) -> OnnxPredictor:
+    """Reads the folder."""
+    return OnnxPredictor(folder, classifier, device)
