@@ -1,0 +1,50 @@
+import pytest
+from helpers import COLORS, color_image, write_clip, write_images
+
+from vlkr.datasets import DataOptions
+from vlkr.training.optim import OptimizerOptions
+from vlkr.training.trainer import TrainerOptions
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("VLKR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="session")
+def colors(tmp_path_factory):
+    """A home dataset; beside it, ``more`` images of its classes and two of them alone."""
+    root = tmp_path_factory.mktemp("data")
+    write_images(root / "more", per_class=16, names=list(COLORS)[::-1])
+    write_images(root / "two", per_class=8, names=["red", "blue"])
+    return write_images(root / "colors")
+
+
+@pytest.fixture(scope="session")
+def domains(tmp_path_factory):
+    """A tree of three domains."""
+    root = tmp_path_factory.mktemp("domains") / "tree"
+    for d, domain in enumerate(("one", "three", "two")):
+        for c, name in enumerate(COLORS):
+            folder = root / domain / name
+            folder.mkdir(parents=True)
+            for i in range(10):
+                (folder / f"{i}.png").write_bytes(color_image(name, 1000 * d + 100 * c + i))
+    return root
+
+
+@pytest.fixture(scope="session")
+def options(small, colors):
+    """A grid whose cells take a moment: few steps of a small model."""
+    return {
+        "model": small,
+        "data": DataOptions(root=colors, shots=2, batch_size=8, min_steps_per_epoch=2),
+        "optimizer": OptimizerOptions(lr=1e-2),
+        "trainer": TrainerOptions(epochs=1, accelerator="cpu", progress=False),
+        "seeds": [1, 2],
+    }

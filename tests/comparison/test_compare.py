@@ -1,0 +1,321 @@
+"""What ``vlkr compare`` reports, computed again from the cells' folders."""
+
+import csv
+import json
+import shutil
+import statistics
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from helpers import write_images
+from safetensors.numpy import load_file
+from scipy.stats import binomtest
+
+from vlkr.comparison.compare import compare
+from vlkr.comparison.grid import MethodOptions
+from vlkr.datasets import DataOptions
+from vlkr.errors import VlkrError
+from vlkr.evaluation.evaluate import evaluate
+from vlkr.files import read_json, write_json
+from vlkr.training.adapt import AdapterOptions, adapt
+
+METHODS = [
+    "zero-shot",
+    "probe",
+    MethodOptions("kradapter", lrs=[1e-3, 3e-2]),
+    "lora",
+    "full",
+]
+
+
+@pytest.fixture(scope="module")
+def shifts(colors):
+    return [str(colors.parent / name) for name in ("more", "two")]
+
+
+@pytest.fixture(scope="module")
+def report(options, shifts, tmp_path_factory):
+    output = tmp_path_factory.mktemp("compare") / "out"
+    return compare(output, shifts=shifts, shots=[4, 1], methods=METHODS, spectra=True, **options)
+
+
+def cell(report, *words):
+    """The one folder whose name has all the words."""
+    [found] = [
+        path
+        for path in (report.output / "cells").iterdir()
+        if all(f"-{word}-" in f"-{path.name}-" for word in words)
+    ]
+    return found
+
+
+def acc1(report, name, *words):
+    """Top-1 accuracy of a cell on a set, from its predictions."""
+    found = load_file(cell(report, *words) / "predictions.safetensors")
+    return float((found[f"{name}.labels"] == found[f"{name}.predicted"]).mean())
+
+
+def column(table, method):
+    index = table.rows[0].index(method)
+    return {row[0]: row[index] for row in table.rows[1:]}
+
+
+def test_a_cell_is_vlkr_adapt_and_vlkr_evaluate(report, options, shifts, tmp_path):
+    """An adapter trained and measured by the plain commands reaches the same to the last digit."""
+    data = replace(options["data"], shots=4)
+    result = adapt(
+        tmp_path / "run",
+        options["model"],
+        adapter=AdapterOptions("lora", match="kradapter"),
+        data=data,
+        optimizer=options["optimizer"],
+        trainer=options["trainer"],
+        seed=2,
+    )
+    plain = evaluate(run=result.output, datasets=[str(data.root), *shifts], device="cpu")
+    found = read_json(cell(report, "shots4", "lora", "seed2") / "result.json")
+    assert [r["metrics"] for r in found["results"]] == [r.metrics for r in plain.results]
+    assert found["parameters"] == result.parameters
+    ours = load_file(
+        cell(report, "shots4", "lora", "seed2") / "run/adapter/adapter_model.safetensors"
+    )
+    theirs = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all((ours[key] == theirs[key]).all() for key in theirs)
+
+
+def test_zero_shot_is_vlkr_evaluate(report, options, shifts):
+    plain = evaluate(
+        model=options["model"], datasets=[str(options["data"].root), *shifts], device="cpu"
+    )
+    found = read_json(cell(report, "zero_shot") / "result.json")
+    assert [r["metrics"] for r in found["results"]] == [r.metrics for r in plain.results]
+
+
+def test_table_has_mean_and_deviation_over_seeds(report):
+    most, least = report.tables[:2]
+    assert (most.title, least.title) == ("Top-1 accuracy, 4 shots", "Top-1 accuracy, 1 shot")
+    for table, shots in ((most, "shots4"), (least, "shots1")):
+        for method in ("lora", "full", "probe"):
+            each = [
+                [acc1(report, name, shots, method, f"seed{seed}") for seed in (1, 2)]
+                for name in ("colors", "more", "two")
+            ]
+            rows = column(table, method)
+
+            def text(values):
+                return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+
+            assert [rows[n] for n in ("colors (home)", "more", "two")] == [text(v) for v in each]
+            both = list(zip(*each[1:], strict=True))
+            assert rows["mean of shifts"] == text([statistics.mean(v) for v in both])
+            assert rows["worst shift"] == text([min(v) for v in both])
+
+
+def test_budgets_are_equal_but_for_the_ends_of_the_scale(report):
+    numbers = {
+        method: int(column(report.tables[0], method)["trained parameters"].replace(",", ""))
+        for method in report.collected.methods
+    }
+    assert numbers["lora"] == pytest.approx(numbers["kradapter"], rel=0.2)
+    assert numbers["zero-shot"] == 0 < numbers["probe"] < numbers["kradapter"] < numbers["full"]
+    assert numbers["probe"] == 3 * (32 + 1)
+
+
+def test_budget_counts_the_options_of_the_method_to_meet(options, tmp_path):
+    methods = [MethodOptions("kradapter", options={"num_terms": 3}), "lora"]
+    report = compare(tmp_path / "out", methods=methods, reference="kradapter", **options)
+    kradapter, lora = (o.results[0].found for o in report.collected.outcomes)
+    assert lora["parameters"] == pytest.approx(kradapter["parameters"], rel=0.1)
+    own = compare(
+        tmp_path / "own",
+        methods=[MethodOptions("lora", options={"rank": 1})],
+        budget="own",
+        **options,
+    )
+    assert own.collected.outcomes[0].results[0].found["options"]["rank"] == 1
+
+
+def test_learning_rate_is_chosen_on_validation(report):
+    for outcome in report.collected.outcomes:
+        if outcome.entry.method != "kradapter":
+            continue
+        shots = f"shots{outcome.entry.place['shots']}"
+        means = {
+            lr: statistics.mean(
+                read_json(cell(report, shots, "kradapter", f"lr{lr}", f"seed{s}") / "result.json")[
+                    "val_acc1"
+                ]
+                for s in (1, 2)
+            )
+            for lr in ("0.001", "0.03")
+        }
+        best = max(means, key=lambda lr: means[lr])
+        assert outcome.chosen.setting["lr"] == float(best)
+        assert outcome.scores == list(means.values())
+
+
+@pytest.mark.parametrize("favoured", ["0.001", "0.03"])
+def test_learning_rate_is_never_chosen_on_test(report, options, shifts, tmp_path, favoured):
+    """A rate that is perfect on test and bad on validation is not taken."""
+    output = tmp_path / "copy"
+    shutil.copytree(report.output, output)
+    for path in output.glob("cells/*shots4-kradapter*/result.json"):
+        found = read_json(path)
+        good = f"lr{favoured}-" in path.parent.name
+        found["val_acc1"] = 0.9 if good else 0.1
+        for result in found["results"]:
+            result["metrics"]["acc1"] = 0.0 if good else 1.0
+        write_json(path, found)
+    again = compare(output, shifts=shifts, shots=[4, 1], methods=METHODS, **options)
+    [outcome] = [
+        o
+        for o in again.collected.outcomes
+        if o.entry.method == "kradapter" and o.entry.place["shots"] == 4
+    ]
+    assert outcome.chosen.setting["lr"] == float(favoured)
+    assert outcome.values("colors") == [0.0, 0.0]
+
+
+def test_differences_are_paired(report):
+    """Mean and p-value from the predictions on disk; the interval encloses the mean."""
+    found = {(d.method, d.place["shots"], d.set): d for d in report.differences}
+    for method in ("full", "probe", "zero-shot"):
+        means, values = [], []
+        for seed in (1, 2):
+            words = (method, "shots4", f"seed{seed}") if method != "zero-shot" else ("zero_shot",)
+            own = load_file(cell(report, *words) / "predictions.safetensors")
+            lora = load_file(
+                cell(report, "shots4", "lora", f"seed{seed}") / "predictions.safetensors"
+            )
+            a, b = (f["colors.labels"] == f["colors.predicted"] for f in (own, lora))
+            means.append(a.mean() - b.mean())
+            first, second = int((a & ~b).sum()), int((b & ~a).sum())
+            values.append(binomtest(first, first + second).pvalue if first + second else 1.0)
+        difference = found[method, 4, "colors"]
+        assert difference.interval.mean == pytest.approx(np.mean(means))
+        assert difference.interval.low <= difference.interval.mean <= difference.interval.high
+        assert difference.p == pytest.approx(min(1, 2 * np.median(values)))
+        assert difference.seeds == 2
+    assert not [d for d in report.differences if d.method == "lora"]
+    mean = found["full", 4, "mean of 2 shifts"]
+    each = [found["full", 4, name].interval.mean for name in ("more", "two")]
+    assert mean.interval.mean == pytest.approx(np.mean(each))
+    assert mean.p is None
+
+
+def test_csv_has_every_cell_and_set(report):
+    rows = list(csv.DictReader((report.output / "results.csv").open()))
+    finished = list(report.output.glob("cells/*/result.json"))
+    assert len(rows) == 3 * len(finished)
+    for row in rows:
+        found = read_json(report.output / "cells" / row["cell"] / "result.json")
+        metrics = {r["dataset"]: r["metrics"] for r in found["results"]}[row["set"]]
+        assert float(row["acc1"]) == metrics["acc1"]
+        assert float(row["ece"]) == metrics["ece"]
+    chosen = [row for row in rows if row["chosen"] == "True"]
+    assert len(chosen) == len(rows) - 3 * 2 * 2  # of two rates one: 2 shots, 2 seeds
+
+
+def test_clip_benchmarks_files_are_what_its_builder_reads(report):
+    files = list((report.output / "clip_benchmark").iterdir())
+    assert len(files) == 3 * (1 + 4 * 2 * 2)
+    for path in files:
+        found = json.loads(path.read_text())
+        assert set(found) == {"dataset", "model", "pretrained", "task", "metrics", "language"}
+        assert found["task"] == "zeroshot_classification"
+        assert {"acc1", "acc5", "mean_per_class_recall"} <= set(found["metrics"])
+        assert isinstance(found["model"] + " " + found["pretrained"], str)
+
+
+def test_json_is_complete(report):
+    found = json.loads((report.output / "results.json").read_text())
+    assert found == json.loads(json.dumps(report.to_json()))
+    lora = next(e for e in found["entries"] if e["method"] == "lora" and e["shots"] == 4)
+    assert lora["seeds"] == [1, 2]
+    assert lora["sets"]["more"]["acc1"] == [
+        round(acc1(report, "more", "shots4", "lora", f"seed{seed}"), 6) for seed in (1, 2)
+    ]
+
+
+def test_every_number_has_its_context(report):
+    text = (report.output / "report.md").read_text()
+    for part in (
+        "model local-dir:",
+        "weights ",
+        "templates default (1)",
+        "split test",
+        "shots 1 4",
+        "seeds 1 2",
+        "checkpoint last iteration",
+        "learning rate and epochs by mean validation accuracy",
+        "budget match kradapter",
+    ):
+        assert part in text
+    assert "![Accuracy over shots](plots/shots.png)" in text
+
+
+def test_cost_is_that_of_the_cells(report):
+    [table] = [t for t in report.tables if t.title == "Cost"]
+    found = [
+        read_json(path / "result.json")
+        for path in (report.output / "cells").iterdir()
+        if "-lora-" in path.name
+    ]
+    row = next(row for row in table.rows if row[0] == "lora")
+    assert row[2] == "4 of 4"
+    assert float(row[3]) == pytest.approx(
+        statistics.mean(f["train_seconds"] for f in found), abs=0.06
+    )
+    assert float(row[5].replace(",", "")) == pytest.approx(
+        max(f["peak_memory_mib"] for f in found), abs=0.6
+    )
+
+
+def test_several_datasets_have_their_mean(options, colors, tmp_path):
+    other = write_images(tmp_path / "other", per_class=8)
+    report = compare(
+        tmp_path / "out", datasets=[str(colors), str(other)], methods=["probe", "lora"], **options
+    )
+    rows = column(report.tables[0], "probe")
+    each = [
+        [acc1(report, name, name, "probe", f"seed{seed}") for seed in (1, 2)]
+        for name in ("colors", "other")
+    ]
+    means = [statistics.mean(pair) for pair in zip(*each, strict=True)]
+    assert rows["mean of 2 datasets"] == (
+        f"{100 * statistics.mean(means):.1f} ± {100 * statistics.stdev(means):.1f}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"methods": ["krdapter"]},
+            "unknown method 'krdapter'; known: zero-shot, probe, kradapter",
+        ),
+        ({"methods": []}, "methods is empty"),
+        ({"methods": ["lora", "lora"]}, "two methods are labelled 'lora'"),
+        ({"methods": [MethodOptions("lora", options={"rank": 2})]}, "has its own rank"),
+        ({"methods": [MethodOptions("lora", options={"size": 2})]}, "no option 'size'"),
+        ({"budget": "equal"}, "budget 'equal' is neither 'own' nor 'match METHOD'"),
+        ({"budget": "match nothing"}, "unknown adapter 'nothing'"),
+        ({"seeds": [1, 1]}, "repeats itself"),
+        ({"seeds": [-1]}, "seed -1 is out of range"),
+        ({"methods": ["lora"], "lrs": [0.0]}, "optimizer.lr 0.0 is out of range"),
+        ({"methods": ["lora"], "epochs": [0]}, "trainer.epochs 0 is too small"),
+        ({"shots": [0]}, "a number below 1"),
+        ({"jobs": -1}, "jobs -1 is negative"),
+        ({"steps_per_shot": 0}, "steps_per_shot 0 is too small"),
+        ({"launcher": "sbatch"}, "lacks {command}"),
+        ({"data": DataOptions()}, "no dataset"),
+        ({"data": DataOptions("nowhere")}, "no dataset 'nowhere'"),
+        ({"shifts": ["nowhere"]}, "no dataset 'nowhere'"),
+        ({"model": "timm:vit_tiny_patch16_224"}, "has no text for zero-shot"),
+    ],
+)
+def test_wrong_options_write_nothing(options, tmp_path, changes, message):
+    with pytest.raises(VlkrError, match=message):
+        compare(tmp_path / "out", **(options | {"methods": ["zero-shot"]} | changes))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,214 @@
+"""What a grid would compute: cells, images, parameters and steps, without computing any."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from vlkr.adapters import find_targets, match_budget
+from vlkr.adapters.registry import adapter_class
+from vlkr.adapters.targets import bias_targets
+from vlkr.comparison.plan import PROBE, Cell, Plan, load_data
+from vlkr.datasets import DataOptions, Dataset
+from vlkr.errors import VlkrError
+from vlkr.evaluation.report import rich_table
+from vlkr.models.loading import load_shapes
+
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A plan and its sizes.
+
+    Attributes:
+        plan: of the grid.
+        rows: the table.
+        cells: number of them.
+        steps: of training, all cells together; None where a dataset is not at hand.
+        missing: datasets and models that are not at hand, and why.
+    """
+
+    plan: Plan
+    rows: list[list[str]]
+    cells: int
+    steps: int | None
+    missing: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for a program."""
+        header, *rows = self.rows
+        return {
+            **self.plan.context,
+            "cells": self.cells,
+            "steps": self.steps,
+            "plan": [dict(zip(header, row, strict=True)) for row in rows],
+            "missing": self.missing,
+            "ids": [cell.id for cell in self.plan.cells],
+        }
+
+    def show(self, console: Console) -> None:
+        """Prints the plan."""
+        console.print(rich_table(self.rows, f"Plan of vlkr {self.plan.command}"))
+        steps = UNKNOWN if self.steps is None else f"{self.steps:,}"
+        console.print(f"{self.cells} cells, {steps} training steps in all", highlight=False)
+        context = ", ".join(f"{key} {value}" for key, value in self.plan.context.items())
+        console.print(context, style="dim", highlight=False, markup=False)
+        for name, reason in self.missing.items():
+            console.print(f"not at hand: {name} ({reason})", highlight=False, markup=False)
+
+
+def dry_run(plan: Plan) -> DryRun:
+    """Sizes a plan. What is not at hand, data or weights, is said to be unknown."""
+    sizes = _Sizes()
+    cells = {cell.id: cell for cell in plan.cells}
+    header = ["method", "cells", "parameters", "training images", "steps a cell"]
+    rows = [[*header, "measured images"]]
+    for method in dict.fromkeys(entry.method for entry in plan.entries):
+        ids = [
+            cell
+            for entry in plan.entries
+            if entry.method == method
+            for candidate in entry.candidates
+            for cell in (*candidate.cells, *(reading.cell for reading in candidate.readings))
+        ]
+        own = [cells[cell] for cell in dict.fromkeys(ids)]
+        rows.append(
+            [
+                method,
+                str(len(own)),
+                _span([sizes.parameters(cell) for cell in own]),
+                _span([sizes.train_images(cell) for cell in own]),
+                _span([sizes.steps(cell) for cell in own]),
+                _span([sizes.measured(cell) for cell in own]),
+            ]
+        )
+    steps = [sizes.steps(cell) for cell in plan.cells]
+    total = None if None in steps else sum(step or 0 for step in steps)
+    return DryRun(plan, rows, len(cells), total, sizes.missing)
+
+
+def _span(values: list[int | None]) -> str:
+    """One number, or the least and the largest.
+
+    >>> _span([10, 1000, 10]), _span([None])
+    ('10 to 1,000', 'unknown')
+    """
+    known = sorted({value for value in values if value is not None})
+    return " to ".join(f"{v:,}" for v in dict.fromkeys([known[0], known[-1]])) if known else UNKNOWN
+
+
+class _Sizes:
+    """Sizes of datasets and models, each looked up once."""
+
+    def __init__(self) -> None:
+        self.missing: dict[str, str] = {}
+        self.known: dict[str, Any] = {}
+
+    def _once(self, key: str, name: str, make: Callable[[], Any]) -> Any:
+        if key not in self.known:
+            try:
+                self.known[key] = make()
+            except VlkrError as error:
+                self.known[key] = None
+                self.missing[name] = str(error)
+        return self.known[key]
+
+    def dataset(self, data: DataOptions) -> Dataset | None:
+        about = {**asdict(data), "shots": 1, "min_steps_per_epoch": 1}
+        key = json.dumps(about, sort_keys=True, default=str)
+        found: Dataset | None = self._once(
+            key, str(data.root or data.name), lambda: load_data(data)
+        )
+        return found
+
+    def model(self, name: str) -> nn.Module | None:
+        found: nn.Module | None = self._once(f"model {name}", name, lambda: load_shapes(name))
+        return found
+
+    def images(self, data: DataOptions, split: str) -> int | None:
+        dataset = self.dataset(data)
+        if dataset is None or split not in dataset.splits:
+            return None
+        files = getattr(dataset.splits[split], "files", None)
+        return dataset.sizes.get(split, None if files is None else len(files))
+
+    def train_images(self, cell: Cell) -> int | None:
+        if cell.seed is None or cell.run is not None:
+            return 0
+        dataset = self.dataset(cell.data)
+        if dataset is None:
+            return None
+        if cell.data.fraction is not None:
+            images = self.images(cell.data, "train")
+            return None if images is None else round(cell.data.fraction * images)
+        groups = max(1, len(dataset.domains)) if cell.data.per_domain else 1
+        return cell.data.shots * len(dataset.class_names) * groups
+
+    def steps(self, cell: Cell) -> int | None:
+        """Of the optimizer: batches over the epochs, as the sampler cuts them."""
+        images = self.train_images(cell)
+        if images == 0 or cell.kind == PROBE:
+            return 0
+        if images is None:
+            return None
+        batches = max(cell.data.min_steps_per_epoch, math.ceil(images / cell.data.batch_size))
+        return cell.trainer.epochs * math.ceil(batches / cell.trainer.accumulate_grad_batches)
+
+    def measured(self, cell: Cell) -> int | None:
+        numbers = [self.images(chosen.data, chosen.split) for chosen in cell.sets]
+        return None if None in numbers else sum(number or 0 for number in numbers)
+
+    def parameters(self, cell: Cell) -> int | None:
+        if cell.seed is None or cell.run is not None:
+            return 0
+        model = self.model(cell.model)
+        if model is None:
+            return None
+        if cell.kind == PROBE:
+            dataset, width = self.dataset(cell.data), _embed_dim(model)
+            if dataset is None or width is None:
+                return None
+            return (width + 1) * len(dataset.class_names)
+        adapter, options = cell.adapter, dict(cell.adapter.options)
+        key = json.dumps([cell.model, asdict(adapter), dict(cell.match_options)], sort_keys=True)
+
+        def count() -> int:
+            place = adapter.place()
+            if adapter.match is not None:
+                budget = match_budget(
+                    adapter.name,
+                    model,
+                    adapter.match,
+                    **place,
+                    to_options=dict(cell.match_options),
+                    **options,
+                )
+                return budget.parameters
+            cls = adapter_class(adapter.name)
+            targets = find_targets(model, **place)
+            targets = bias_targets(model, targets) if cls.adapts_bias else targets
+            return sum(
+                cls.num_parameters(t.in_features, t.out_features, **options) for t in targets
+            )
+
+        found: int | None = self._once(key, adapter.name, count)
+        return found
+
+
+def _embed_dim(model: nn.Module) -> int | None:
+    for tower, name in (
+        ("visual", "output_dim"),
+        ("visual", "num_features"),
+        ("text", "output_dim"),
+    ):
+        width = getattr(getattr(model, tower, None), name, None)
+        if isinstance(width, int):
+            return width
+    return None

@@ -1,0 +1,149 @@
+"""The plots of a grid, as PNG."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vlkr.comparison.outcomes import Collected
+from vlkr.comparison.plan import RUN, ZERO_SHOT
+from vlkr.evaluation.metrics import ReliabilityBin
+from vlkr.evaluation.plots import plot_reliability, save_figure
+from vlkr.evaluation.report import DatasetResult
+
+#: a method's values in a place, one a seed.
+At = Callable[[str, dict[str, Any]], list[float]]
+
+
+def colors(collected: Collected) -> dict[str, Any]:
+    """A colour a method; gray for zero-shot."""
+    palette = matplotlib.colormaps["tab10"]
+    found: dict[str, Any] = {}
+    for method in collected.methods:
+        kinds = {
+            r.cell.kind for o in collected.outcomes if o.entry.method == method for r in o.results
+        }
+        found[method] = "#9a9a9a" if kinds == {ZERO_SHOT} else palette(len(found) % 10)
+    return found
+
+
+def plot_over_shots(
+    collected: Collected, shots: Sequence[int], panels: Mapping[str, At], path: Path
+) -> None:
+    """Top-1 accuracy over shots: a line a method, a band of one standard deviation over seeds.
+
+    Args:
+        collected: the grid's outcomes.
+        shots: on the x axis.
+        panels: title and what to show there.
+        path: of the PNG.
+    """
+    figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, at) in zip(grid, panels.items(), strict=True):
+        for method, color in colors(collected).items():
+            points = [(s, v) for s in shots if (v := at(method, {"shots": s}))]
+            x = [s for s, _ in points]
+            mean = [100 * statistics.mean(v) for _, v in points]
+            off = [100 * statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in points]
+            style = "--" if color == "#9a9a9a" else "o-"
+            axes.plot(x, mean, style, color=color, label=method, markersize=4)
+            low, high = ([m + sign * o for m, o in zip(mean, off, strict=True)] for sign in (-1, 1))
+            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(shots), [str(s) for s in shots])
+        axes.minorticks_off()
+        axes.set_xlabel("shots")
+        axes.set_title(title, loc="left", fontsize=10)
+        _plain(axes)
+    grid[0].set_ylabel("top-1 accuracy, %")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    save_figure(figure, path)
+
+
+def plot_home_against_shift(
+    collected: Collected,
+    places: Sequence[dict[str, Any]],
+    home: At,
+    shift: At,
+    labels: tuple[str, str],
+    path: Path,
+) -> None:
+    """Accuracy at home against that under shift: a point a place, a line through a method's."""
+    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for method, color in colors(collected).items():
+        pairs = [(home(method, place), shift(method, place)) for place in places]
+        means = [[100 * statistics.mean(v) for v in pair] for pair in pairs if all(pair)]
+        points = list(dict.fromkeys(map(tuple, means)))
+        if not points:
+            continue
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, "o-", color=color, label=method, markersize=5, linewidth=1)
+    axes.axline((50, 50), slope=1, color="black", linewidth=0.6, linestyle=":")
+    axes.set_xlabel(f"{labels[0]}, top-1 %")
+    axes.set_ylabel(f"{labels[1]}, top-1 %")
+    _plain(axes)
+    figure.legend(loc="outside lower center", ncols=4)
+    save_figure(figure, path)
+
+
+def plot_bars(
+    collected: Collected, rows: Mapping[str, Callable[[str], list[float]]], path: Path
+) -> None:
+    """Bars of top-1 accuracy, a group a row, a colour a method, whiskers over seeds."""
+    figure = Figure(figsize=(max(6.0, 1.2 * len(rows) + 2), 4), layout="constrained")
+    axes = figure.subplots()
+    shown = colors(collected)
+    width = 0.84 / len(shown)
+    for i, (method, color) in enumerate(shown.items()):
+        offset = (i - (len(shown) - 1) / 2) * width
+        values = [(j, v) for j, at in enumerate(rows.values()) if (v := at(method))]
+        axes.bar(
+            [j + offset for j, _ in values],
+            [100 * statistics.mean(v) for _, v in values],
+            width,
+            yerr=[100 * statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in values],
+            error_kw={"linewidth": 0.8},
+            capsize=2,
+            color=color,
+            label=method,
+        )
+    axes.set_xticks(range(len(rows)), list(rows), rotation=20 if len(rows) > 4 else 0, fontsize=8)
+    axes.set_ylabel("top-1 accuracy, %")
+    axes.set_ylim(0, 100)
+    _plain(axes)
+    figure.legend(loc="outside lower center", ncols=5)
+    save_figure(figure, path)
+
+
+def plot_calibration(collected: Collected, place: dict[str, Any], name: str, path: Path) -> None:
+    """A reliability diagram a method, on one set, each with its first seed."""
+    results = []
+    for method in collected.methods:
+        outcome = collected.at(method, place)
+        if outcome is not None and outcome.results[0].cell.kind != RUN:
+            found = outcome.results[0].sets[name]
+            results.append(
+                DatasetResult(
+                    f"{method} on {name}",
+                    found["split"],
+                    found["images"],
+                    found["templates"],
+                    found["metrics"],
+                    reliability=[ReliabilityBin(**part) for part in found["reliability"]],
+                )
+            )
+    plot_reliability(results, path)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.set_axisbelow(True)
