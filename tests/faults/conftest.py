@@ -1,0 +1,114 @@
+"""The drill's count: every case is tried, and survives or is lost."""
+
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+from faults.processes import Server
+from helpers import write_clip, write_images
+from hypothesis import HealthCheck, Phase, settings
+
+_KEY = "drill"
+_totals: Counter = Counter()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--drill",
+        choices=["short", "long"],
+        default="short",
+        help="how many cases the fault drill tries",
+    )
+
+
+def _is_long(config):
+    return config.getoption("--drill", "short") == "long"
+
+
+def pytest_configure(config):
+    settings.register_profile(
+        "drill",
+        deadline=10_000,  # ms; a reader that hangs is a failure
+        max_examples=1000 if _is_long(config) else 50,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],  # a failing case is told at once
+        report_multiple_bugs=False,
+        database=None,
+    )
+
+
+@pytest.fixture(scope="session")
+def is_long(request):
+    return _is_long(request.config)
+
+
+class Case:
+    """Counts the cases of one test."""
+
+    def __init__(self):
+        self.counts = Counter()
+
+    @contextmanager
+    def __call__(self, category):
+        """One case: it survives if the block ends, and is lost if that raises."""
+        self.counts[category, "tried"] += 1
+        try:
+            yield
+        except BaseException:
+            self.counts[category, "lost"] += 1
+            raise
+        self.counts[category, "survived"] += 1
+
+
+@pytest.fixture
+def case(request):
+    """``with case("category"):`` around each thing that is tried."""
+    counted = Case()
+    yield counted
+    found = [[*key, number] for key, number in counted.counts.items()]
+    request.node.user_properties.append((_KEY, found))
+    assert found, "this test of the drill has counted no case"
+
+
+# The properties travel with the report, from xdist's workers too.
+def pytest_runtest_logreport(report):
+    if report.when == "teardown":
+        for name, found in report.user_properties:
+            if name == _KEY:
+                for category, what, number in found:
+                    _totals[category, what] += number
+
+
+def pytest_terminal_summary(terminalreporter):
+    categories = sorted({category for category, _ in _totals})
+    if not categories:
+        return
+    rows = [
+        [name, *(_totals[name, what] for what in ("tried", "survived", "lost"))]
+        for name in categories
+    ]
+    rows.append(["all", *(sum(row[i] for row in rows) for i in (1, 2, 3))])
+    terminalreporter.section("fault drill")
+    terminalreporter.write_line("| category | tried | survived | lost |")
+    terminalreporter.write_line("|---|---:|---:|---:|")
+    for row in rows:
+        terminalreporter.write_line("| {} | {} | {} | {} |".format(*row))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Name of a small CLIP with random weights."""
+    return write_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="session")
+def colors(tmp_path_factory):
+    """Folder of images whose colour tells their class."""
+    return write_images(tmp_path_factory.mktemp("data") / "colors")
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Starts commands as processes that are forked from one with everything imported."""
+    return Server()
