@@ -72,10 +72,11 @@ def test_command_is_installed():
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_of_every_command(name, capsys):
     with pytest.raises(SystemExit) as raised:
-        main([name, "--help"])
+        main([*name.split(), "--help"])
     assert raised.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert text.startswith(f"usage: vlkr {name} [")
+    usage = " ".join([name, *map(str.upper, cli.COMMANDS[name].positional)])
+    assert text.startswith(f"usage: vlkr {usage} [")
     assert cli.COMMANDS[name].summary.split()[0] in text
     for noise in ("<class '", "``", "typing."):
         assert noise not in text
@@ -328,7 +329,6 @@ def label_out_of_range(folder):
         ),
         ("adapt --model SMALL --data.name digts", "no dataset 'digts'"),
         ("adapt --model SMALL", "no dataset: give --data.name CARD or --data.root FOLDER"),
-        ("adapt --model SMALL --data.name digits --data.root /tmp", "two datasets, --data.name"),
         ("adapt --model SMALL --data.root /nowhere", "no folder at data root /nowhere"),
         ("adapt --model SMALL --data.name digits --adapter.targets zz", "target 'zz' matches no"),
         ("adapt --model SMALL --data.name digits --adapter.towers zz", "unknown tower 'zz'"),
@@ -440,7 +440,6 @@ def test_warnings_are_one_line(small, tmp_path, capsys):
         f"--trainer.epochs 1 --trainer.progress false --output {tmp_path / 'run'}"
     )
     assert main(command.split()) == 0
-    assert capsys.readouterr().err.split("\n")[:3] == [
-        f"vlkr: warning: class {name!r} has 1 image to train on, repeated to 2 shots"
-        for name in ("blue", "green", "red")
-    ]
+    first, second = capsys.readouterr().err.split("\n")[:2]
+    assert first == "vlkr: warning: no class has 2 images to train on: taken as 1 shot"
+    assert not second.startswith("vlkr: warning")

@@ -12,6 +12,9 @@ from vlkr.cli import COMMANDS, main
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("configs/**/*.yaml"))
 # What makes a command short, where it has such options.
 SHORTER = {
+    "approximate": ["--out-features=144", "--in-features=110", "--iterations=3", "--seeds=1"],
+    "dg": ["--dry-run"],
+    "compare": ["--dry-run"],
     "adapt": ["--trainer.epochs=1", "--data.min-steps-per-epoch=1", "--trainer.progress=false"],
 }
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from argparse import HelpFormatter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -38,11 +42,30 @@ COMMANDS = {
         "vlkr.training.adapt:adapt", "few-shot adapt a CLIP model, write a run folder"
     ),
     "evaluate": Command(
-        "vlkr.evaluation.zero_shot:evaluate",
+        "vlkr.evaluation.evaluate:evaluate",
         "accuracy at home and under shift, zero-shot or adapted",
     ),
+    "interpolate": Command(
+        "vlkr.evaluation.interpolation:interpolate",
+        "between base model and adapter: home against shift, and the best mix",
+    ),
+    "compare": Command(
+        "vlkr.comparison.compare:compare",
+        "methods over shots, seeds and learning rates at equal budget, with uncertainty",
+    ),
+    "dg": Command(
+        "vlkr.comparison.dg:dg", "leave one domain out: adapt on the others, test on that one"
+    ),
+    "transfer": Command(
+        "vlkr.comparison.transfer:transfer",
+        "adapt on one dataset, measure on others: what is gained and what forgotten",
+    ),
     "export": Command(
-        "vlkr.export.open_clip:export", "write a run's merged model as a plain open_clip folder"
+        "vlkr.export.exporter:export",
+        "write a run's adapted model for open_clip, timm, transformers, ONNX, torch or peft",
+    ),
+    "predict": Command(
+        "vlkr.export.predict:predict", "classify images with an exported model", ("images",)
     ),
     "project": Command(
         "vlkr.training.project:project", "turn a full fine-tune into the nearest adapter"
@@ -55,6 +78,18 @@ COMMANDS = {
         "vlkr.evaluation.spectrum:spectrum",
         "singular values, ranks and norms of the adapted layers of runs",
     ),
+    "data pack": Command(
+        "vlkr.datasets.pack:pack", "write any dataset as webdataset shards", ("source", "dest")
+    ),
+    "data verify": Command(
+        "vlkr.datasets.verify:verify",
+        "decode every image, compare shards with their checksums",
+        ("source",),
+    ),
+    "data info": Command(
+        "vlkr.datasets.info:info", "counts, sizes and a contact sheet of a dataset", ("source",)
+    ),
+    "data list": Command("vlkr.datasets.listing:list_cards", "the datasets that are known by name"),
 }
 
 
@@ -65,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments, ``sys.argv``'s by default.
 
     Returns:
-        The exit status: 0, 2 for wrong input, 130 when interrupted.
+        The exit status: 0, a result's own ``exit_code``, 2 for wrong input, 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -80,12 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         kin = [known for known in COMMANDS if known.startswith(f"{name} ")]
         return _fail(f"unknown command {name!r}; known: {', '.join(kin or COMMANDS)}")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _terminable():
             warnings.showwarning = _show_warning
             return _run(name, rest)
     except VlkrError as error:
         # A data loader's worker puts its traceback in front of the message.
-        return _fail(str(error).rpartition("VlkrError: ")[2])
+        return _fail(re.split(r"\bvlkr\.[\w.]*Error: ", str(error))[-1])
     except KeyboardInterrupt as error:
         print(f"vlkr: interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         return 130
@@ -108,6 +143,19 @@ def _help() -> str:
             "dotted options behind it override; --json prints the result as JSON. vlkr --version",
         ]
     )
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM end a command as Ctrl-C does, cleanly and with a line."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _fail(message: str) -> int:
@@ -150,10 +198,13 @@ def _run(name: str, arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_function_arguments(function, as_positional=False)
     types = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    lists = {name for name, hint in types.items() if re.search(r"\b(list|tuple)\[", str(hint))}
     for action in parser._actions:
         if types[action.dest] is bool:
             action.nargs, action.const, action.metavar = "?", True, None  # a plain --flag
-    lists = {name for name, hint in types.items() if re.search(r"\b(list|tuple)\[", str(hint))}
+        elif action.dest in lists:
+            action.metavar = f"{action.dest.rpartition('.')[2].upper()} ..."
+            action.option_strings = action.option_strings[:1]  # without jsonargparse's --option+
     try:
         named = _named(_normalise(_shipped_config(arguments), lists), positional, lists)
         parsed = parser.parse_args(named)
@@ -163,11 +214,19 @@ def _run(name: str, arguments: list[str]) -> int:
     options.pop("config", None)
     as_json = options.pop("json")
     result = function(**options)
+    if not _is_first_process():
+        return 0
     if as_json:
         print(json.dumps(result.to_json(), indent=2))
     else:
         result.show(Console())
-    return 0
+    return int(getattr(result, "exit_code", 0))
+
+
+def _is_first_process() -> bool:
+    """Of those that compute side by side, each of which runs the whole command."""
+    ranks = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
 
 
 def _normalise(arguments: list[str], lists: Collection[str]) -> list[str]:
@@ -282,7 +341,8 @@ def _shipped_config(arguments: list[str]) -> list[str]:
             path = resource(value)
         if not path.is_file():
             raise VlkrError(f"no config file {value!r}")
-        read_yaml(path)
+        if "config" in read_yaml(path):
+            raise VlkrError(f"{path} names another config; give each with an option of its own")
         if argument == "--config":
             found[i + 1] = str(path)
         else:
