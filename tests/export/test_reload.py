@@ -226,6 +226,10 @@ def assert_same(found, run, images):
         assert torch.equal(torch.tensor(found["logits"]).argmax(1), predictions)
 
 
+def without_blank_lines(text):
+    return "\n".join(line for line in text.splitlines() if line)
+
+
 @pytest.mark.parametrize(
     "group",
     [
@@ -242,9 +246,10 @@ def test_readme_loads_each_format_without_vlkr(group, exports, digit_images):
     }
     assert {format_name for format_name, _ in lines.values()} == GROUPS[group]
     for name, (_, text) in lines.items():
-        assert len(text.splitlines()) == 3
+        assert without_blank_lines(text).count("\n") == 2
         exports.make(name)
-        assert text in (exports.folder / name / "README.md").read_text()
+        card = (exports.folder / name / "README.md").read_text()
+        assert without_blank_lines(text) in without_blank_lines(card)
     if group == "libraries":
         exports.make("base")
     run = exports.run("digits-open_clip")

@@ -39,7 +39,7 @@ def images(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_pack(server, images, tmp_path, case, is_long, number, workers):
     def arguments(output):
         return [
@@ -76,16 +76,16 @@ def test_export(server, run, tmp_path, case, is_long, number, exists):
         return ["export", f"--run={run}", f"--output={output}", f"--alpha={alpha}", "--force"]
 
     for name, alpha in (("old", 0.5), ("whole", 1)):
-        ended = server.run(arguments(tmp_path / name, alpha), stderr)
+        ended = server.run(arguments(tmp_path / name / "out", alpha), stderr)
         assert ended.code == 0, ended.stderr
-    old, whole = (tree(tmp_path / name) for name in ("old", "whole"))
+    old, whole = (tree(tmp_path / name / "out") for name in ("old", "whole"))
     moments = random.Random(int(number) + exists)
     for i in range(20 if is_long else 1):
         folder = tmp_path / f"place{i}"
         folder.mkdir()
         with case("kill and resume: export"):
             if exists:
-                (tmp_path / "old").rename(folder / "out")
+                (tmp_path / "old" / "out").rename(folder / "out")
             moment = moments.uniform(0, ended.seconds)
             server.kill_after(moment, number, arguments(folder / "out", 1), stderr)
             # The old export or the new one, whole, or none where there was none.
@@ -98,7 +98,7 @@ def test_export(server, run, tmp_path, case, is_long, number, exists):
             assert tree(folder / "out") == whole
             assert [p.name for p in folder.iterdir()] == ["out"]
         if exists:
-            server.run(arguments(tmp_path / "old", 0.5), stderr)
+            server.run(arguments(tmp_path / "old" / "out", 0.5), stderr)
 
 
 def cells(output):

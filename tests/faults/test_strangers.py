@@ -190,6 +190,7 @@ def test_names_of_classes_do_not_steer_a_run(tmp_path, small, case, capsys):
 
 
 FUZZ = "fuzz: readers"
+FEW = settings.get_profile("drill").max_examples // 5
 TEXTS = st.binary(max_size=300) | st.text(max_size=200).map(str.encode)
 JSON_LIKE = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
@@ -291,7 +292,7 @@ def test_any_bytes_as_an_image(case, data):
         decode_image(Sample("key", bytes(content), 0))
 
 
-@settings.get_profile("drill")
+@settings(settings.get_profile("drill"), max_examples=FEW)
 @given(data=st.data())
 def test_any_configuration_of_a_run(tmp_path_factory, case, data):
     run = tmp_path_factory.mktemp("fuzz")

@@ -133,9 +133,9 @@ class AdapterPredictor(Predictor):
         """Of the adapted image tower."""
         return encode_image(self.bundle.model, pixels)
 
-    def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor | None:
+    def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor:
         """Of the adapted text tower."""
-        return encode_text(self.bundle.model, tokens) if self.bundle.has_text else None
+        return encode_text(self.bundle.model, tokens.to(self.device))
 
 
 def load(

@@ -80,7 +80,7 @@ class TorchPredictor(Predictor):
 
     def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor:
         """Of ``text_encoder.pt2``."""
-        features: Tensor = self._program("text_encoder")(tokens)
+        features: Tensor = self._program("text_encoder")(tokens.to(self.device))
         return features
 
     def logits(self, pixels: Tensor) -> Tensor:
