@@ -40,9 +40,9 @@ class CardList:
 
     def show(self, console: Console) -> None:
         """Prints a line a card."""
-        table = Table(
-            "name", "title", Column("classes", justify="right"), "source", "licence", "data"
-        )
+        longest = max((len(card.name) for card in self.cards), default=0)
+        name, classes = Column("name", min_width=longest), Column("classes", justify="right")
+        table = Table(name, "title", classes, "source", "licence", "data")
         for card in self.cards:
             number = _num_classes(card)
             place = "here" if own_place(card) else card.wds or "not here"
