@@ -123,7 +123,7 @@ def browse(path, folder, *arguments):
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=120,
         check=True,
     ).stdout
 

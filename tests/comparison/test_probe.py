@@ -10,7 +10,6 @@ from safetensors.numpy import load_file
 from sklearn.linear_model import LogisticRegression
 
 from vlkr.comparison.compare import compare
-from vlkr.comparison.plan import load_data
 from vlkr.comparison.probe import STRENGTHS, fit_probe, probe_logits
 from vlkr.datasets import few_shot_split
 from vlkr.datasets.streaming import PickedSource
@@ -65,7 +64,7 @@ def test_cell_is_scikit_learn_on_the_adapters_images(options, colors, tmp_path):
     folder = report.output / "cells" / "colors-shots2-probe-seed2"
     found = read_json(folder / "result.json")
     bundle = load_clip(options["model"])
-    dataset = load_data(replace(options["data"], shots=2))
+    dataset = replace(options["data"], shots=2).load()
     split = few_shot_split(dataset.source("train"), dataset.class_names, 2, 2)
 
     def encoded(samples):

@@ -7,10 +7,12 @@ import lightning as L
 import pytest
 import torch
 from helpers import COLORS, color_image, write_images, write_shards
+from open_clip.transform import image_transform
 from torchvision.transforms import v2
 
 from vlkr.datasets import DataOptions, FewShotDataModule
 from vlkr.datasets.few_shot import few_shot_split
+from vlkr.datasets.images import decode_image
 from vlkr.datasets.pipelines import EpochSampler
 from vlkr.datasets.streaming import BatchOrder
 from vlkr.datasets.transforms import TrainTransform
@@ -249,13 +251,13 @@ def test_images_are_normalised_on_the_models_device(tmp_path):
             return self.weight * 0
 
         def validation_step(self, batch, batch_idx):
-            seen["val"] = batch.images
+            seen["val"], seen["val keys"] = batch.images, batch.keys
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters())
 
     options = DataOptions(root=write_images(tmp_path / "d"), shots=2, batch_size=6)
-    eval_transform = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    eval_transform = image_transform(8, is_train=False)
     data = FewShotDataModule(options.load(), options, 1, AUGMENT, eval_transform)
     (plain, *_) = data.train_dataloader()
     assert plain.images.dtype == torch.uint8
@@ -272,7 +274,9 @@ def test_images_are_normalised_on_the_models_device(tmp_path):
         trainer.fit(Module(), datamodule=data)
     mean, std = (torch.tensor(v)[:, None, None] for v in (AUGMENT.mean, AUGMENT.std))
     torch.testing.assert_close(seen["train"], (plain.images / 255 - mean) / std)
-    assert 0 <= seen["val"].min() <= seen["val"].max() <= 1  # as it was
+    by_key = {s.key: s for s in data.dataset.source("train")}
+    expected = [eval_transform(decode_image(by_key[key])) for key in seen["val keys"]]
+    assert torch.equal(seen["val"], torch.stack(expected))
 
 
 @pytest.mark.parametrize("memory_gb", [1.0, 0.0])

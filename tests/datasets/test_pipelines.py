@@ -25,7 +25,12 @@ from vlkr.datasets.pipelines import (
     collate,
     evaluation_loader,
 )
-from vlkr.datasets.transforms import TrainTransform, to_tensor, with_table
+from vlkr.datasets.transforms import (
+    PixelTransform,
+    TrainTransform,
+    to_tensor,
+    without_normalization,
+)
 from vlkr.errors import SampleError, VlkrError
 
 AUGMENT = TrainTransform((16, 16), [0.5] * 3, [0.5] * 3, "bilinear", (0.3, 1.0), True)
@@ -65,21 +70,40 @@ def test_crops_are_those_of_pillow(interpolation):
 
 
 @pytest.mark.parametrize("name", ["open_clip", "timm"])
-def test_table_is_the_models_own_transform_to_the_bit(name):
+def test_split_transform_is_the_models_own_to_the_bit(name):
     transform = {
         "open_clip": image_transform(48, is_train=False),
         "timm": timm.data.create_transform((3, 48, 48), mean=(0.1, 0.2, 0.3), std=(0.3, 0.4, 0.6)),
     }[name]
-    fast = with_table(transform)
-    assert fast is not transform
-    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
-    assert torch.equal(fast(Image.fromarray(image)), transform(Image.fromarray(image)))
+    split = without_normalization(transform)
+    assert isinstance(split, PixelTransform)
+    noise = np.random.default_rng(0).integers(0, 256, (3, 60, 80, 3), np.uint8)
+    images = [Image.fromarray(image) for image in noise]
+    whole = torch.stack([transform(image) for image in images])
+    batch = collate([Item(split(image), 0, "k") for image in images])
+    assert batch.images.dtype == torch.uint8
+    normalized = split.normalize(batch.images)
+    assert torch.equal(normalized, whole)
+    assert normalized.is_contiguous()
+    assert split.normalize(normalized) is normalized  # what is float has been normalised
 
 
 def test_other_transforms_are_left_as_they_are():
-    assert with_table(pixels) is pixels
+    assert without_normalization(pixels) is pixels
     other = v2.Compose([v2.ToImage()])
-    assert with_table(other) is other
+    assert without_normalization(other) is other
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_has_the_models_own_pixels(tmp_path, workers):
+    source = load_dataset(write_images(tmp_path / "d", per_class=7)).source("test")
+    transform = image_transform(16, is_train=False)
+    loader = evaluation_loader(source, transform, 4, workers)
+    by_key = {sample.key: sample for sample in source}
+    for batch in loader:
+        assert batch.images.dtype == torch.uint8
+        expected = [transform(decode_image(by_key[key])) for key in batch.keys]
+        assert torch.equal(loader.normalize(batch.images), torch.stack(expected))
 
 
 # Few images in memory
@@ -201,6 +225,17 @@ def test_collate():
     assert batch.domains == [None, "art"]
 
 
+@pytest.mark.parametrize("is_channels_last", [False, True])
+def test_images_are_stacked_as_they_are_laid_out(is_channels_last):
+    images = [torch.randint(256, (5, 4, 3), dtype=torch.uint8) for _ in range(3)]
+    images = [image.permute(2, 0, 1) for image in images]
+    if not is_channels_last:
+        images = [image.contiguous() for image in images]
+    batch = collate([Item(image, 0, "k") for image in images])
+    assert torch.equal(batch.images, torch.stack(images))
+    assert batch.images.is_contiguous() != is_channels_last
+
+
 def test_a_batch_of_bad_samples_is_an_error():
     with pytest.raises(VlkrError, match="each of the 3 samples of a batch is bad"):
         collate([None, None, None])
@@ -255,7 +290,7 @@ def share_keys(source, rank, processes, worker, workers):
         mock.patch("vlkr.datasets.pipelines.process_place", return_value=(rank, processes)),
         mock.patch("vlkr.datasets.pipelines.decode_image", return_value=None),
     ):
-        stream = SampleStream(source, lambda image: torch.zeros(1), BadSamples())
+        stream = SampleStream(source, lambda image: torch.zeros(3, 1, 1), BadSamples())
         return [item.key for item in stream]
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from vlkr.adapters import adapter_state_dict
 from vlkr.datasets import load_dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation.runs import home_and_shifts, load_run, run_dataset, with_templates
+from vlkr.evaluation.runs import home_and_shifts, load_run, run_dataset
 
 
 @pytest.fixture
@@ -45,14 +45,14 @@ def test_dataset_has_the_runs_prompts_and_split(copy):
 def test_templates_of_a_card_by_name_and_others(colors):
     digits = load_dataset("digits")
     name, own = next(iter(digits.template_sets.items()))
-    found = with_templates(digits, [name])
+    found = digits.with_templates([name])
     assert found.templates == tuple(own)
     assert found.template_set == f"{name} ({len(own)})"
-    assert with_templates(digits, None) is digits
-    named = with_templates(load_dataset(colors), ["imagenet7", "{c}"])
+    assert digits.with_templates(None) is digits
+    named = load_dataset(colors).with_templates(["imagenet7", "{c}"])
     assert named.template_set == "imagenet7 + given (8)"
     with pytest.raises(VlkrError, match="neither the name of a set nor a file"):
-        with_templates(load_dataset(colors), [name])
+        load_dataset(colors).with_templates([name])
 
 
 def test_shifts_that_are_named_come_once():

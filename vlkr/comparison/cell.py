@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from vlkr.adapters import match_budget, remove_adapters
 from vlkr.adapters.inject import hosts
-from vlkr.comparison.plan import PROBE, RUN, ZERO_SHOT, Cell, load_data
+from vlkr.comparison.plan import PROBE, RUN, ZERO_SHOT, Cell
 from vlkr.comparison.probe import linear_probe
 from vlkr.errors import VlkrError
 from vlkr.evaluation.predictions import Predictions
@@ -166,7 +166,7 @@ def _train(cell: Cell, bundle: ClipBundle, output: Path, resume: bool) -> dict[s
     training = train(
         output,
         bundle,
-        load_data(cell.data),
+        cell.data.load(),
         adapter,
         cell.data,
         cell.optimizer,

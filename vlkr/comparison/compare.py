@@ -110,7 +110,7 @@ def _homes(grid: GridOptions, datasets: list[str] | None, shifts: list[str] | No
         raise VlkrError("shifts go with one dataset, and there are several")
     homes = []
     for data in given:
-        data = data if data.root is None else replace(data, root=data.root.resolve())
+        data = data.absolute()
         name = data_name(data)
         found = at_hand(data, needed=not grid.dry_run)
         names = shifts if shifts is not None else list(found.shifts if found else ())

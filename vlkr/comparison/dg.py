@@ -78,11 +78,9 @@ def dg(
             anything is written.
     """
     options = GridOptions(**grid)
-    data = replace(options.data, test_fraction=holdout)
+    data = replace(options.data.absolute(), test_fraction=holdout)
     if data.val_fraction is None:
         data = replace(data, val_fraction=0.0)  # the held-out images validate, once a cell
-    if data.root is not None:
-        data = replace(data, root=data.root.resolve())
 
     def plan() -> Plan:
         return dg_plan(options, data, _domains(options, data, selection), selection)

@@ -14,13 +14,14 @@ from torch import nn
 from vlkr.adapters import find_targets, match_budget
 from vlkr.adapters.registry import adapter_class
 from vlkr.adapters.targets import bias_targets
-from vlkr.comparison.plan import PROBE, Cell, Plan, load_data
+from vlkr.comparison.plan import PROBE, Cell, Plan
 from vlkr.datasets import DataOptions, Dataset
 from vlkr.errors import VlkrError
 from vlkr.evaluation.report import rich_table
 from vlkr.models.loading import load_shapes
 
 UNKNOWN = "unknown"
+_MOST_REASONS = 3
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class DryRun:
         rows: the table.
         cells: number of them.
         steps: of training, all cells together; None where a dataset is not at hand.
-        missing: datasets and models that are not at hand, and why.
+        missing: datasets and models that are not at hand, and why; the sizes of a dataset are
+            then its card's.
     """
 
     plan: Plan
@@ -60,12 +62,16 @@ class DryRun:
         console.print(f"{self.cells} cells, {steps} training steps in all", highlight=False)
         context = ", ".join(f"{key} {value}" for key, value in self.plan.context.items())
         console.print(context, style="dim", highlight=False, markup=False)
+        if len(self.missing) > _MOST_REASONS:
+            text = f"not at hand: {', '.join(self.missing)} (--json tells why)"
+            console.print(text, highlight=False, markup=False)
+            return
         for name, reason in self.missing.items():
             console.print(f"not at hand: {name} ({reason})", highlight=False, markup=False)
 
 
 def dry_run(plan: Plan) -> DryRun:
-    """Sizes a plan. What is not at hand, data or weights, is said to be unknown."""
+    """Sizes a plan. Of data that is not at hand the card tells, or nothing does."""
     sizes = _Sizes()
     cells = {cell.id: cell for cell in plan.cells}
     header = ["method", "cells", "parameters", "training images", "steps a cell"]
@@ -111,32 +117,35 @@ class _Sizes:
         self.missing: dict[str, str] = {}
         self.known: dict[str, Any] = {}
 
-    def _once(self, key: str, name: str, make: Callable[[], Any]) -> Any:
+    def _once(
+        self, key: str, name: str, make: Callable[[], Any], otherwise: Callable[[], Any]
+    ) -> Any:
         if key not in self.known:
             try:
                 self.known[key] = make()
             except VlkrError as error:
-                self.known[key] = None
+                self.known[key] = otherwise()
                 self.missing[name] = str(error)
         return self.known[key]
 
     def dataset(self, data: DataOptions) -> Dataset | None:
         about = {**asdict(data), "shots": 1, "min_steps_per_epoch": 1}
         key = json.dumps(about, sort_keys=True, default=str)
-        found: Dataset | None = self._once(
-            key, str(data.root or data.name), lambda: load_data(data)
-        )
+        name = str(data.root or data.name)
+        found: Dataset | None = self._once(key, name, data.load, data.described)
         return found
 
     def model(self, name: str) -> nn.Module | None:
-        found: nn.Module | None = self._once(f"model {name}", name, lambda: load_shapes(name))
+        found: nn.Module | None = self._once(
+            f"model {name}", name, lambda: load_shapes(name), lambda: None
+        )
         return found
 
     def images(self, data: DataOptions, split: str) -> int | None:
         dataset = self.dataset(data)
-        if dataset is None or split not in dataset.splits:
+        if dataset is None:
             return None
-        files = getattr(dataset.splits[split], "files", None)
+        files = getattr(dataset.splits.get(split), "files", None)
         return dataset.sizes.get(split, None if files is None else len(files))
 
     def train_images(self, cell: Cell) -> int | None:
@@ -198,7 +207,7 @@ class _Sizes:
                 cls.num_parameters(t.in_features, t.out_features, **options) for t in targets
             )
 
-        found: int | None = self._once(key, adapter.name, count)
+        found: int | None = self._once(key, adapter.name, count, lambda: None)
         return found
 
 

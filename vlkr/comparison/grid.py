@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from vlkr.adapters.registry import ADAPTERS, adapter_class, check_options
@@ -256,8 +255,3 @@ def candidate(setting: dict[str, float], cells: list[Cell], set_name: str | None
     """
     ids = tuple(cell.id for cell in cells)
     return Candidate(setting, ids, tuple(Reading(i, set_name) for i in ids))
-
-
-def absolute(data: DataOptions) -> DataOptions:
-    """The same data, by paths that hold from any working folder."""
-    return data if data.root is None else replace(data, root=Path(data.root).resolve())

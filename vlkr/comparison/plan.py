@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlkr.datasets import DataOptions, Dataset
-from vlkr.evaluation.runs import run_dataset, run_options
+from vlkr.evaluation.runs import run_options
 from vlkr.training.adapt import AdapterOptions
 from vlkr.training.optim import OptimizerOptions
 from vlkr.training.trainer import TrainerOptions
@@ -37,7 +37,7 @@ class EvalSet:
 
     def load(self) -> Dataset:
         """The dataset under this name, with these images as its one split ``"test"``."""
-        dataset = load_data(self.data)
+        dataset = self.data.load()
         sizes = {"test": dataset.sizes[self.split]} if self.split in dataset.sizes else {}
         splits = {"test": dataset.source(self.split)}
         return replace(dataset, name=self.name, splits=splits, sizes=sizes)
@@ -159,15 +159,6 @@ class Plan:
     entries: tuple[Entry, ...]
     reference: str
     context: dict[str, Any]
-
-
-def load_data(options: DataOptions) -> Dataset:
-    """Finds a dataset, with its templates.
-
-    Raises:
-        VlkrError: if it is not there, or an option does not make sense.
-    """
-    return run_dataset({"data": asdict(options)})
 
 
 def slug(*parts: object) -> str:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from vlkr.comparison.plan import Cell, load_data
+from vlkr.comparison.plan import Cell
 from vlkr.datasets import Dataset, FewShotDataModule
 from vlkr.datasets.streaming import PickedSource
 from vlkr.datasets.transforms import to_tensor
@@ -57,7 +57,7 @@ def linear_probe(
             device=device,
         )
 
-    dataset = load_data(cell.data)
+    dataset = cell.data.load()
     data = FewShotDataModule(dataset, cell.data, seed, to_tensor, to_tensor)
     few = replace(dataset, splits={"train": PickedSource(data.pool, data.train_keys)}, sizes={})
     validation = run_validation({"data": asdict(cell.data), "seed": seed}, None)

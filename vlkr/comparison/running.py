@@ -11,7 +11,7 @@ from vlkr.comparison.dry_run import DryRun, dry_run
 from vlkr.comparison.engine import CellsDone, run_cells, run_plan
 from vlkr.comparison.grid import GridOptions
 from vlkr.comparison.outcomes import Collected, collect
-from vlkr.comparison.plan import EvalSet, Plan, load_data
+from vlkr.comparison.plan import EvalSet, Plan
 from vlkr.comparison.report import Report, write_report
 from vlkr.datasets import DataOptions, Dataset
 from vlkr.errors import VlkrError
@@ -112,17 +112,17 @@ def eval_sets(chosen: Sequence[DataOptions]) -> tuple[EvalSet, ...]:
 
 
 def at_hand(data: DataOptions, *, needed: bool) -> Dataset | None:
-    """The dataset, or None if it is not here and not needed.
+    """The dataset, or what its card tells if it is not here and not needed; None without a card.
 
     Raises:
         VlkrError: if it is needed.
     """
     try:
-        return load_data(data)
+        return data.load()
     except VlkrError:
         if needed:
             raise
-        return None
+        return data.described()
 
 
 def base_context(grid: GridOptions) -> dict[str, Any]:

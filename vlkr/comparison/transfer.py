@@ -92,9 +92,7 @@ def transfer_plan(
     """
     if runs:
         grid = _as_the_runs(grid, list(runs.values()))
-    data = grid.data
-    if data.root is not None:
-        data = replace(data, root=data.root.resolve())
+    data = grid.data.absolute()
     sets = _sets(grid, data, datasets)
     names = tuple(chosen.name for chosen in sets)
     cells: list[Cell] = []
@@ -187,13 +185,13 @@ def _by_method(runs: dict[Path, dict[str, Any]]) -> dict[str, list[Path]]:
 
 def _sets(grid: GridOptions, data: DataOptions, datasets: list[str] | None) -> list[EvalSet]:
     name = data_name(data)
+    if data.classes == "new":
+        raise VlkrError("data.classes 'new' cannot be adapted to, expected 'base' or 'all'")
     found = at_hand(data, needed=not grid.dry_run)
     names = datasets if datasets is not None else list(found.shifts if found else ())
     new = []
     if data.classes == "base":
         new = [EvalSet(f"{name}{NEW}", replace(data, classes="new", split_file=None))]
-    elif data.classes == "new":
-        raise VlkrError("data.classes 'new' cannot be adapted to, expected 'base' or 'all'")
     if not names and not new:
         raise VlkrError(f"dataset {name!r} names no shifts; --datasets names what to measure on")
     home, *others = eval_sets([data, *(elsewhere(other, data) for other in names)])

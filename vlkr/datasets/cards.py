@@ -33,7 +33,7 @@ class Card:
         folders: names of the class folders by label, where they are not the class names.
         subset: the labels in both lists that the dataset has; none for all.
         test_folder: the split that is tested on, where it is not called ``test``.
-        domains: names.
+        domains: images per domain.
         shifts: cards of datasets that shift this one's domain.
         shift_of: the card whose shift this is.
         shards: folder beside the card that holds the data, if it ships.
@@ -51,7 +51,7 @@ class Card:
     folders: str | Sequence[str] = ()
     subset: str | Sequence[int] = ()
     test_folder: str = "test"
-    domains: Sequence[str] = ()
+    domains: Mapping[str, int] = field(default_factory=dict)
     shifts: Sequence[str] = ()
     shift_of: str | None = None
     shards: str | None = None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from torch.utils.data import DataLoader
 
 from vlkr.datasets.few_shot import FewShotSplit, few_shot_split
@@ -20,7 +20,7 @@ from vlkr.datasets.pipelines import (
     collate,
     evaluation_loader,
 )
-from vlkr.datasets.registry import Dataset, load_dataset
+from vlkr.datasets.registry import Dataset, described, load_dataset
 from vlkr.datasets.sharing import JoinedSource, mixed, process_place
 from vlkr.datasets.sources import Sample, Source, skip_bad
 from vlkr.datasets.splits import half_of_classes, read_split, take_split, write_split
@@ -31,7 +31,12 @@ from vlkr.datasets.streaming import (
     StreamedBatches,
     TrainLoader,
 )
-from vlkr.datasets.transforms import TrainTransform, Transform
+from vlkr.datasets.transforms import (
+    PixelTransform,
+    TrainTransform,
+    Transform,
+    without_normalization,
+)
 from vlkr.errors import VlkrError
 from vlkr.files import resource
 
@@ -46,7 +51,9 @@ class DataOptions:
             ``<split>/``) or of webdataset shards, or a table of images. With ``name``, the data of
             that card.
         shots: training images a class.
-        templates: prompts with the placeholder ``{c}``; none takes the dataset's own.
+        templates: prompts with the placeholder ``{c}``, the name of one of the card's sets,
+            ``imagenet80``, ``imagenet7``, or a file with a prompt a line; none takes the dataset's
+            own.
         test_fraction: of a folder without splits, the part held out for testing.
         batch_size: images a step.
         min_steps_per_epoch: few images are oversampled to at least this many steps an epoch.
@@ -103,6 +110,33 @@ class DataOptions:
             "domains": None if self.domains is None else " ".join(self.domains),
         }
 
+    def absolute(self) -> DataOptions:
+        """The same data, by paths that hold from any working folder."""
+        templates = self.templates
+        if templates is not None:
+            # Only vlkr.models knows which of them are names of sets.
+            models = importlib.import_module("vlkr.models.templates")
+            templates = models.absolute_templates(templates)
+        name, _, place = (self.name or "").partition("=")
+        named = f"{name}={Path(place).resolve()}" if place and Path(place).exists() else self.name
+        root = None if self.root is None else Path(self.root).resolve()
+        split = None if self.split_file is None else str(Path(self.split_file).resolve())
+        return replace(self, name=named, root=root, split_file=split, templates=templates)
+
+    def described(self) -> Dataset | None:
+        """What the dataset's card tells without the data; None if it tells too little.
+
+        Raises:
+            VlkrError: for domains that the card does not know.
+        """
+        if self.name is None:
+            return None
+        name = self.name.partition("=")[0]
+        dataset = described(name, self.test_fraction, self.domains)
+        if dataset is None or self.classes == "all":
+            return dataset
+        return half_of_classes(dataset, self.classes)
+
     def load(self) -> Dataset:
         """Finds the dataset.
 
@@ -142,7 +176,7 @@ class DataOptions:
             read_split(Path(self.split_file))
         dataset = load_dataset(
             self._reference(),
-            templates=None if self.templates is None else tuple(self.templates),
+            templates=self.templates,
             test_fraction=self.test_fraction,
             allow_commands=self.allow_commands,
         )
@@ -182,7 +216,7 @@ class FewShotDataModule(L.LightningDataModule):
         self.options = options
         self.seed = seed
         self.train_transform = train_transform
-        self.transform = transform
+        self.transform = without_normalization(transform)
         self.bad = BadSamples(options.max_bad)
         self.pool: Source = dataset.source("train")
         own_val = dataset.splits.get("val")
@@ -297,8 +331,10 @@ class FewShotDataModule(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Normalises 8-bit images on the model's device."""
-        if isinstance(self.train_transform, TrainTransform) and batch.images.dtype == torch.uint8:
-            return batch._replace(images=self.train_transform.normalize(batch.images))
+        trainer = self.trainer
+        transform = self.train_transform if trainer and trainer.training else self.transform
+        if isinstance(transform, (TrainTransform, PixelTransform)):
+            return batch._replace(images=transform.normalize(batch.images))
         return batch
 
     def _place(self) -> tuple[int, int]:

@@ -72,7 +72,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         return white.convert("RGB")
     if image.mode not in _CONVERTED:
         raise _RefusedError(f"has pixels of mode {image.mode}, expected gray or colours")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from textwrap import shorten
 from typing import Any
 
 from rich.console import Console
@@ -42,22 +41,22 @@ class CardList:
         """Prints a line a card."""
         longest = max((len(card.name) for card in self.cards), default=0)
         name, classes = Column("name", min_width=longest), Column("classes", justify="right")
-        table = Table(name, "title", classes, "source", "licence", "data")
+        table = Table(name, "title", classes, "source", "licence", Column("data", min_width=6))
         for card in self.cards:
             number = _num_classes(card)
-            place = "here" if own_place(card) else card.wds or "not here"
+            place = "here" if own_place(card) else "stream" if card.wds else "no"
             table.add_row(
                 card.name,
                 card.title,
                 "" if number is None else str(number),
-                shorten(card.source, 44, placeholder=" ..."),
-                shorten(card.licence, 32, placeholder=" ..."),
+                _short(card.source),
+                _short(card.licence),
                 place,
             )
         console.print(table)
         console.print(
-            "Data here is used by its name; NAME=DIR gives your own, NAME=wds/... streams that of "
-            "CLIP_benchmark. --json tells sources and licences in full.",
+            "Data: here, by its name; else give yours, NAME=DIR, or stream CLIP_benchmark's, "
+            "NAME=wds/...; --json tells sources, licences and the names to stream in full.",
             highlight=False,
         )
 
@@ -81,3 +80,7 @@ def list_cards(suite: str | None = None) -> CardList:
 def _num_classes(card: Card) -> int | None:
     names = card.named_classes()
     return None if names is None else len(names)
+
+
+def _short(text: str, size: int = 36) -> str:
+    return text if len(text) <= size else f"{text[: size - 3]}..."

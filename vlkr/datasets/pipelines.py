@@ -25,7 +25,14 @@ from vlkr.datasets.images import decode_image as decode_image
 from vlkr.datasets.parallel import without_traceback
 from vlkr.datasets.sharing import process_place, shared_out
 from vlkr.datasets.sources import Sample, Source, skip_bad
-from vlkr.datasets.transforms import TrainTransform, Transform, seeded, to_tensor, with_table
+from vlkr.datasets.transforms import (
+    PixelTransform,
+    TrainTransform,
+    Transform,
+    seeded,
+    to_tensor,
+    without_normalization,
+)
 from vlkr.errors import SampleError, VlkrError
 
 
@@ -33,7 +40,7 @@ class Batch(NamedTuple):
     """What the model is fed.
 
     Attributes:
-        images: ``(batch, 3, height, width)``.
+        images: ``(batch, 3, height, width)``; uint8 until they are normalised.
         labels: ``(batch)``, int64.
         keys: of the samples.
         domains: of the samples, None where the data does not tell.
@@ -229,8 +236,16 @@ def collate(items: Sequence[Item | None]) -> Batch:
         raise VlkrError(f"each of the {len(items)} samples of a batch is bad")
     filled = [item if item is not None else good[i % len(good)] for i, item in enumerate(items)]
     images, labels, keys, domains = zip(*(Item(*item) for item in filled), strict=True)
+    return Batch(_stack(images), torch.tensor(labels), list(keys), list(domains))
+
+
+def _stack(images: Sequence[Tensor]) -> Tensor:
+    """``(batch, 3, height, width)``, laid out in memory as each image is."""
+    is_channels_last = images[0].permute(1, 2, 0).is_contiguous()
+    parts = [image.permute(1, 2, 0) if is_channels_last else image for image in images]
     # torch's own collation stacks straight into shared memory in a worker.
-    return Batch(default_collate(list(images)), torch.tensor(labels), list(keys), list(domains))
+    stacked: Tensor = default_collate(parts)
+    return stacked.permute(0, 3, 1, 2) if is_channels_last else stacked
 
 
 class SampleStream(IterableDataset[Item]):
@@ -238,7 +253,7 @@ class SampleStream(IterableDataset[Item]):
 
     def __init__(self, source: Source, transform: Transform, bad: BadSamples) -> None:
         self.source = source
-        self.transform = with_table(transform)
+        self.transform = without_normalization(transform)
         self.bad = bad
         self.place = process_place()
 
@@ -257,7 +272,7 @@ class SampleStream(IterableDataset[Item]):
 
 
 class EvaluationLoader(DataLoader[Batch]):
-    """Batches of a split's samples; tells of bad ones at its end."""
+    """Batches of a split's samples, not normalised; tells of bad ones at its end."""
 
     def __init__(self, stream: SampleStream, batch_size: int, num_workers: int) -> None:
         super().__init__(
@@ -266,7 +281,13 @@ class EvaluationLoader(DataLoader[Batch]):
             num_workers=num_workers,
             collate_fn=collate,
         )
+        self.stream = stream
         self.bad = stream.bad
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images of a batch, on any device, as the transform has them; float images stay so."""
+        transform = self.stream.transform
+        return transform.normalize(images) if isinstance(transform, PixelTransform) else images
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         yield from without_traceback(super().__iter__())
@@ -280,10 +301,12 @@ def evaluation_loader(
     num_workers: int,
     *,
     max_bad: int = 0,
-) -> DataLoader[Batch]:
+) -> EvaluationLoader:
     """Batches of every sample of ``source``, each exactly once.
 
-    Where torch.distributed is up, each process has its share, without padding.
+    Images are 8-bit where the transform ends as open_clip's and timm's do; the loader's
+    ``normalize`` makes them what the transform gives, to the bit. Where torch.distributed is up,
+    each process has its share, without padding.
 
     Args:
         source: of the samples.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -83,11 +84,25 @@ class Dataset:
         }
         return replace(self, splits=splits, sizes={}, domains=kept)
 
-    def with_template_set(self, name: str) -> Dataset:
-        """The same dataset with another of its card's sets of templates."""
-        templates = resolve(self.template_sets[name])
-        check_templates(templates)
-        return replace(self, templates=templates, template_set=f"{name} ({len(templates)})")
+    def with_templates(self, given: Sequence[str] | None) -> Dataset:
+        """The same dataset with other templates.
+
+        Args:
+            given: the name of one of its card's sets, or what
+                :func:`~vlkr.models.templates.resolve_templates` takes; None leaves its own.
+
+        Raises:
+            VlkrError: for a list that is empty, or an entry that is no template, set or file.
+        """
+        if given is None:
+            return self
+        if len(given) == 1 and given[0] in self.template_sets:
+            templates = resolve(self.template_sets[given[0]])
+            check_templates(templates)
+            return replace(self, templates=templates, template_set=f"{given[0]} ({len(templates)})")
+        # Only vlkr.models knows open_clip, whose sets have names; it takes seconds to import.
+        found = importlib.import_module("vlkr.models.templates").resolve_templates(given)
+        return replace(self, templates=found.templates, template_set=found.name)
 
     @classmethod
     def from_torchvision(
@@ -156,8 +171,8 @@ def load_dataset(
             - a folder of webdataset shards in CLIP_benchmark's layout, also at ``https://...`` or
               ``hf://datasets/org/name``, or by CLIP_benchmark's name, ``wds/imagenet-r``;
             - ``NAME=PLACE``: one of the last three with a card's class names, prompts and shifts.
-        templates: prompts to use in place of the dataset's own, or the name of one of its card's
-            sets.
+        templates: prompts to use in place of the dataset's own, as
+            :meth:`Dataset.with_templates` takes them.
         test_fraction: of images without splits, the part that is held out as their test split.
             Which images those are depends on their names alone.
         allow_commands: let the place ``pipe:COMMAND`` run.
@@ -179,15 +194,41 @@ def load_dataset(
         raise VlkrError(f"dataset {dataset.name!r} has one class only, expected two or more")
     if card:
         dataset = replace(dataset, template_sets=card.templates)
-        dataset = dataset.with_template_set(next(iter(card.templates)))
+        dataset = dataset.with_templates([next(iter(card.templates))])
     check_templates(dataset.templates)
-    if templates is None:
-        return dataset
-    if len(templates) == 1 and templates[0] in dataset.template_sets:
-        return dataset.with_template_set(templates[0])
-    check_templates(templates)
-    caption = f"given ({len(templates)})"
-    return replace(dataset, templates=tuple(templates), template_set=caption)
+    return dataset.with_templates(templates)
+
+
+def described(name: str, test_fraction: float, domains: Collection[str] | None) -> Dataset | None:
+    """What a card tells of a dataset whose data is not at hand; it has no splits.
+
+    Args:
+        name: of the card.
+        test_fraction: of data without splits, for their sizes.
+        domains: some of its domains; None takes all.
+
+    Returns:
+        None if there is no such card, or only the data tells its classes.
+
+    Raises:
+        VlkrError: for a domain that the card does not know.
+    """
+    if name not in card_names() or (names := load_card(name).named_classes()) is None:
+        return None
+    card = load_card(name)
+    sizes = dict(card.splits)
+    chosen = tuple(card.domains if domains is None else domains)
+    if unknown := [domain for domain in chosen if domain not in card.domains]:
+        known = ", ".join(card.domains) or "none"
+        raise VlkrError(f"card {name!r} has no domain {unknown[0]!r}; it has {known}")
+    if chosen:
+        images = sum(card.domains[domain] for domain in chosen)
+        sizes = {"test": round(test_fraction * images)}
+        sizes["train"] = images - sizes["test"]
+    dataset = Dataset(
+        name, names, (), {}, "", tuple(card.shifts), sizes, chosen, template_sets=card.templates
+    )
+    return dataset.with_templates([next(iter(card.templates))])
 
 
 def check_templates(templates: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from vlkr.errors import SampleError, VlkrError
 
 _LANES = 8
 """Streams that an epoch's batches are taken from in turn; so many workers share the reading."""
-_OPEN = 16
+_OPEN = 2
 """Shards that a lane reads at once."""
 
 

@@ -213,10 +213,12 @@ def _encoded(
 ) -> Iterator[Features]:
     rows = min(_ROWS, batch_size)
     transform = subject.bundle.preprocess
-    for batch in evaluation_loader(source, transform, batch_size, num_workers, max_bad=max_bad):
+    loader = evaluation_loader(source, transform, batch_size, num_workers, max_bad=max_bad)
+    for batch in loader:
         number, images = len(batch.keys), batch.images
         if missing := -number % rows:
             images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
-        features = encode_image(subject.model, images.to(subject.device))[:number]
+        images = loader.normalize(images.to(subject.device))
+        features = encode_image(subject.model, images)[:number]
         advance(number)
         yield Features(batch.keys, batch.labels, batch.domains, features.float())

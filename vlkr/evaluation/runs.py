@@ -19,7 +19,6 @@ from vlkr.files import read_yaml, write_text
 from vlkr.models.classifier import ClassHead
 from vlkr.models.clip import ClipBundle
 from vlkr.models.loading import load_model
-from vlkr.models.templates import resolve_templates
 
 _NEEDED = {
     "": ("model", "pretrained", "seed"),
@@ -129,8 +128,7 @@ def run_dataset(config: dict[str, Any]) -> Dataset:
     Raises:
         VlkrError: if the dataset is not there any more.
     """
-    options = run_options(config)
-    return with_templates(replace(options, templates=None).load(), options.templates)
+    return run_options(config).load()
 
 
 def home_and_shifts(
@@ -154,7 +152,7 @@ def home_and_shifts(
     if shifts:
         known = {dataset.name for dataset in loaded}
         loaded += [load_dataset(name) for name in loaded[0].shifts if name not in known]
-    return [with_templates(dataset, templates) for dataset in loaded]
+    return [dataset.with_templates(templates) for dataset in loaded]
 
 
 def run_validation(config: dict[str, Any], templates: Sequence[str] | None) -> Dataset | None:
@@ -178,20 +176,4 @@ def run_validation(config: dict[str, Any], templates: Sequence[str] | None) -> D
     if source is None:
         return None
     validation = replace(dataset, splits={"val": source}, sizes={}, domains=())
-    return with_templates(validation, templates)
-
-
-def with_templates(dataset: Dataset, given: Sequence[str] | None) -> Dataset:
-    """The dataset with other templates.
-
-    Args:
-        dataset: any.
-        given: the name of one of its card's sets, or what
-            :func:`~vlkr.models.templates.resolve_templates` takes; None leaves its own.
-    """
-    if given is None:
-        return dataset
-    if len(given) == 1 and given[0] in dataset.template_sets:
-        return dataset.with_template_set(given[0])
-    found = resolve_templates(given)
-    return replace(dataset, templates=found.templates, template_set=found.name)
+    return validation.with_templates(templates)

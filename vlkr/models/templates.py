@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import open_clip
-
 from vlkr.errors import VlkrError
+from vlkr.models.class_names import shipped
 
 _NAMED = {
-    "imagenet80": open_clip.OPENAI_IMAGENET_TEMPLATES,
-    "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
-    "imagenet7": open_clip.SIMPLE_IMAGENET_TEMPLATES,
-    "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
+    "imagenet80": "open_clip:OPENAI_IMAGENET_TEMPLATES",
+    "openai": "open_clip:OPENAI_IMAGENET_TEMPLATES",
+    "imagenet7": "open_clip:SIMPLE_IMAGENET_TEMPLATES",
+    "simple": "open_clip:SIMPLE_IMAGENET_TEMPLATES",
 }
 
 
@@ -58,8 +57,8 @@ def resolve_templates(given: Sequence[str]) -> TemplateSet:
         if "{c}" in entry or "{}" in entry:
             name, lines = "given", [entry]
         elif entry in _NAMED:
-            name, lines = entry, [template("{c}") for template in _NAMED[entry]]
-        elif entry and Path(entry).is_file():
+            name, lines = entry, list(shipped(_NAMED[entry]))
+        elif _is_file(entry):
             name, lines = Path(entry).name, _read(Path(entry))
         else:
             near = difflib.get_close_matches(entry, _NAMED, n=1)
@@ -71,6 +70,16 @@ def resolve_templates(given: Sequence[str]) -> TemplateSet:
         names[name] = None
         templates += [line if "{c}" in line else line.replace("{}", "{c}") for line in lines]
     return TemplateSet(f"{' + '.join(names)} ({len(templates)})", tuple(templates))
+
+
+def absolute_templates(given: Sequence[str]) -> list[str]:
+    """The same, with the paths of files that hold from any working folder."""
+    return [str(Path(entry).resolve()) if _is_file(entry) else entry for entry in given]
+
+
+def _is_file(entry: str) -> bool:
+    is_other = "{c}" in entry or "{}" in entry or entry in _NAMED
+    return not is_other and entry != "" and Path(entry).is_file()
 
 
 def _read(path: Path) -> list[str]:

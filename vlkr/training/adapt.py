@@ -241,7 +241,7 @@ def train(
         "model": bundle.name,
         "pretrained": bundle.pretrained,
         "adapter": {**asdict(adapter), "options": options, "match": None},
-        "data": _plain(asdict(data)),
+        "data": _plain(data.absolute()),
         "optimizer": asdict(optimizer),
         "trainer": asdict(trainer),
         "seed": seed,
@@ -299,17 +299,17 @@ def _started_head(bundle: ClipBundle, dataset: Dataset, datamodule: FewShotDataM
     loader = evaluation_loader(source, bundle.preprocess, 32, datamodule.options.num_workers)
     head = ClassHead(dataset.class_names, bundle.model_cfg["embed_dim"])
     with torch.no_grad():
-        head.start((encode_image(bundle.model, batch.images), batch.labels) for batch in loader)
+        head.start(
+            (encode_image(bundle.model, loader.normalize(batch.images)), batch.labels)
+            for batch in loader
+        )
     return head
 
 
-def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    root = data["root"]
-    return {
-        **data,
-        "root": str(Path(root).resolve()) if root else None,
-        "crop_scale": list(data["crop_scale"]),
-    }
+def _plain(data: DataOptions) -> dict[str, Any]:
+    """What YAML holds as it is."""
+    root = None if data.root is None else str(data.root)
+    return {**asdict(data), "root": root, "crop_scale": list(data.crop_scale)}
 
 
 def _train_transform(bundle: ClipBundle, data: DataOptions) -> TrainTransform:

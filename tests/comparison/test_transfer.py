@@ -1,0 +1,137 @@
+"""Before and after, on the dataset adapted to and on others."""
+
+import statistics
+from dataclasses import replace
+
+import pytest
+from helpers import small_run, write_images
+from PIL import Image
+
+from vlkr.comparison.grid import MethodOptions
+from vlkr.comparison.transfer import transfer
+from vlkr.errors import VlkrError
+from vlkr.evaluation.evaluate import evaluate
+from vlkr.files import read_json
+from vlkr.training.adapt import AdapterOptions
+
+
+@pytest.fixture(scope="module")
+def others(colors):
+    return [str(colors.parent / name) for name in ("more", "two")]
+
+
+@pytest.fixture(scope="module")
+def report(options, others, tmp_path_factory):
+    output = tmp_path_factory.mktemp("transfer") / "out"
+    methods = ["kradapter", "lora"]
+    return transfer(output, datasets=others, methods=methods, **options)
+
+
+def rows(table):
+    return {row[0]: dict(zip(table.rows[0][1:], row[1:], strict=True)) for row in table.rows[1:]}
+
+
+def metrics(output, cell):
+    found = read_json(output / "cells" / cell / "result.json")["results"]
+    return {result["dataset"]: result["metrics"]["acc1"] for result in found}
+
+
+def test_zero_shot_is_measured_without_being_asked_for(report):
+    assert report.collected.methods == ["zero-shot", "kradapter", "lora"]
+
+
+def test_changes_are_after_less_before(report):
+    [table] = [t for t in report.tables if t.title == "Change against zero-shot"]
+    before = metrics(report.output, "colors-zero_shot")
+    after = [metrics(report.output, f"colors-lora-lr0.01-epochs1-seed{seed}") for seed in (1, 2)]
+
+    def text(values):
+        return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+
+    change = {n: [found[n] - before[n] for found in after] for n in before}
+    found = rows(table)
+    for name in ("colors", "more", "two"):
+        assert found[name]["lora"] == text(change[name])
+    others = [statistics.mean(pair) for pair in zip(change["more"], change["two"], strict=True)]
+    assert found["mean of 2 others"]["lora"] == text(others)
+    worst = min(("more", "two"), key=lambda n: statistics.mean(change[n]))
+    assert found["least of the others"]["lora"] == f"{text(change[worst])} ({worst})"
+
+
+def test_a_subset_of_classes_is_told_apart_among_its_own(report):
+    found = read_json(report.output / "cells" / "colors-zero_shot" / "result.json")
+    [two] = [r for r in found["results"] if r["dataset"] == "two"]
+    assert two["metrics"]["acc5"] == 1.0  # two classes
+    assert two["images"] < 16
+
+
+def test_runs_are_measured_as_they_are(options, colors, others, tmp_path):
+    first = small_run(tmp_path / "a", options["model"], colors, seed=1).output
+    second = small_run(tmp_path / "b", options["model"], colors, seed=2).output
+    lora = AdapterOptions("lora", options={"rank": 2})
+    third = small_run(tmp_path / "c", options["model"], colors, adapter=lora).output
+    report = transfer(
+        tmp_path / "out",
+        run=[first, second, third],
+        datasets=others,
+        trainer=options["trainer"],
+    )
+    kradapter = next(o for o in report.collected.outcomes if o.entry.method == "kradapter")
+    assert kradapter.seeds == [1, 2]
+    for folder, outcome, i in ((second, kradapter, 1), (third, report.collected.outcomes[-1], 0)):
+        plain = evaluate(run=folder, datasets=[str(colors), *others], device="cpu")
+        expected = [result.metrics["acc1"] for result in plain.results]
+        assert [outcome.values(n)[i] for n in ("colors", "more", "two")] == expected
+    assert "kradapter" in report.tables[0].rows[0]
+    assert "budget" not in report.context
+
+
+def test_base_to_new_has_its_harmonic_mean(options, tmp_path):
+    root = write_images(tmp_path / "colors", per_class=12)
+    (root / "yellow").mkdir()
+    for i in range(12):
+        pixels = Image.new("RGB", (20, 20), (200 + i, 200, 40))
+        pixels.save(root / "yellow" / f"{i}.png")
+    data = replace(options["data"], root=root, classes="base")
+    report = transfer(tmp_path / "out", methods=["lora"], **(options | {"data": data}))
+    [table] = report.tables[:1]
+    found = rows(table)
+    cells = [metrics(report.output, f"colors-lora-lr0.01-epochs1-seed{seed}") for seed in (1, 2)]
+    harmonic = [
+        2 * a * b / (a + b) if a + b else 0.0
+        for a, b in ((m["colors"], m["colors (new classes)"]) for m in cells)
+    ]
+    shown = found["harmonic mean of base and new"]["lora"].split(" ± ")[0]
+    assert float(shown) == pytest.approx(100 * statistics.mean(harmonic), abs=0.06)
+    assert report.context["classes"] == "base"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"datasets": None}, "names no shifts; --datasets names what to measure on"),
+        ({"datasets": ["nowhere"]}, "no dataset 'nowhere'"),
+        ({"methods": [MethodOptions("nothing")]}, "unknown method 'nothing'"),
+    ],
+)
+def test_refuses(options, others, tmp_path, changes, message):
+    with pytest.raises(VlkrError, match=message):
+        transfer(tmp_path / "out", **(options | {"datasets": others} | changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_new_classes_to_adapt_to_and_a_name_twice(options, colors, tmp_path):
+    data = replace(options["data"], classes="new")
+    with pytest.raises(VlkrError, match="'new' cannot be adapted to"):
+        transfer(tmp_path / "out", **(options | {"data": data}))
+    with pytest.raises(VlkrError, match="two datasets are named 'colors'"):
+        transfer(tmp_path / "out", datasets=[str(colors)], **options)
+
+
+def test_refuses_runs_that_do_not_belong_together(options, colors, others, tmp_path):
+    first = small_run(tmp_path / "a", options["model"], colors).output
+    second = small_run(tmp_path / "b", options["model"], colors.parent / "more").output
+    with pytest.raises(VlkrError, match="of 2 models, datasets or halves"):
+        transfer(tmp_path / "out", run=[first, second], datasets=others)
+    with pytest.raises(VlkrError, match="no run folder at"):
+        transfer(tmp_path / "out", run=[tmp_path / "c"], datasets=others)
