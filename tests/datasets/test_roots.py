@@ -188,3 +188,34 @@ def test_sizes_of_a_packed_dataset_are_known(tmp_path):
         (folder / "manifest.json").write_text(content)
         with pytest.raises(VlkrError, match=r"manifest\.json is not valid: "):
             load_dataset(folder)
+
+
+def test_a_damaged_shard_is_fetched_anew(tmp_path):
+    """What the server mends is not hidden by the copy in the cache."""
+    served = write_shards(tmp_path / "served", per_class=2)
+    shard = served / "train" / "0.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:700])
+    with serving(served) as server:
+        source = load_dataset(server.url).source("train")
+        for _ in range(2):
+            with pytest.raises(VlkrError, match=r"cannot read shard http.*/train/0.tar"):
+                list(source)
+        assert [path for path, _ in server.requests].count("train/0.tar") == 2
+        shard.write_bytes(whole)
+        assert len(list(source)) > 0
+        seen = len(server.requests)
+        list(source)
+        assert len(server.requests) == seen
+
+
+def test_long_downloads_show_their_progress(tmp_path, monkeypatch, capsys):
+    (tmp_path / "long.tar").write_bytes(bytes(3 * 2**20))
+    (tmp_path / "short.tar").write_bytes(bytes(100))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes what it writes to for a terminal
+    with serving(tmp_path) as server:
+        root = open_root(server.url)
+        root.open("short.tar").close()
+        assert capsys.readouterr().err == ""
+        root.open("long.tar").close()
+    assert "long.tar" in capsys.readouterr().err

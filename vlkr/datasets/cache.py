@@ -66,8 +66,7 @@ class Cache:
             MissingError: if there is no such file.
             VlkrError: if it cannot be fetched, or does not fit into the cache.
         """
-        name = hashlib.sha256(address.encode()).hexdigest()[:32]
-        entry = _Entry(self.folder / name)
+        entry = self._entry(address)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(entry.path("lock")):
@@ -78,6 +77,15 @@ class Cache:
                 return entry.path("data").open("rb", buffering=2**20)
         except OSError as error:
             raise VlkrError(f"cannot use the cache {self.folder}: {error.strerror}") from error
+
+    def remove(self, address: str) -> None:
+        """Removes the file of ``address``, if it is there and the cache can be written."""
+        entry = self._entry(address)
+        with suppress(OSError), FileLock(entry.path("lock")):
+            entry.remove()
+
+    def _entry(self, address: str) -> _Entry:
+        return _Entry(self.folder / hashlib.sha256(address.encode()).hexdigest()[:32])
 
     def _fetch(self, address: str, entry: _Entry, fetch: Fetch) -> None:
         entry.remove()

@@ -63,6 +63,7 @@ def download(
     token: str | None = None,
     retry: Retry | None = None,
     on_size: Callable[[int], None] = lambda size: None,
+    on_done: Callable[[int], None] = lambda done: None,
 ) -> str:
     """Writes what is at ``url`` to ``target``, all of it.
 
@@ -76,6 +77,7 @@ def download(
         token: sent as bearer.
         retry: attempts, backoff and timeout; ``RETRY`` by default.
         on_size: called with the number of bytes as soon as the server tells it.
+        on_done: called with the number of bytes that are written, again and again.
 
     Returns:
         SHA-256 of what was written.
@@ -85,7 +87,7 @@ def download(
         VlkrError: for another status, or after the last attempt.
     """
     retry = retry or RETRY
-    transfer = _Transfer(url, target, token, retry.timeout, on_size)
+    transfer = _Transfer(url, target, token, retry.timeout, on_size, on_done)
     failures = 0
     while True:
         furthest = transfer.furthest
@@ -129,12 +131,14 @@ class _Transfer:
         token: str | None,
         timeout: float,
         on_size: Callable[[int], None],
+        on_done: Callable[[int], None],
     ) -> None:
         self.url = quote(url, safe="%/:=&?~#+!$,;'@()*[]")
         self.target = target
         self.token = token
         self.timeout = timeout
         self.on_size = on_size
+        self.on_done = on_done
         self.redirect = _Redirect()
         self.opener = urllib.request.build_opener(self.redirect)
         self.furthest = 0
@@ -195,6 +199,7 @@ class _Transfer:
             self.digest.update(block)
             self.done += len(block)
             self.furthest = max(self.furthest, self.done)
+            self.on_done(self.done)
 
 
 class _Redirect(urllib.request.HTTPRedirectHandler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import subprocess
@@ -12,10 +13,16 @@ from typing import BinaryIO, Protocol
 from urllib.parse import quote, unquote
 
 from huggingface_hub import get_token, hf_hub_url
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
 from vlkr.datasets.cache import default_cache, sha256_of
 from vlkr.datasets.remote import MissingError, download
 from vlkr.errors import VlkrError
+
+_LONG = 2**20
+"""A download of so many bytes shows its progress."""
 
 
 class Root(Protocol):
@@ -32,6 +39,10 @@ class Root(Protocol):
 
     def where(self, path: str) -> str:
         """The whole address of a file, for messages."""
+        ...
+
+    def forget(self, path: str) -> None:
+        """Drops a copy of a file that turned out to be damaged, so that it is fetched again."""
         ...
 
 
@@ -54,6 +65,9 @@ class LocalRoot:
         """Its path."""
         return str(self.folder / path)
 
+    def forget(self, path: str) -> None:
+        """Does nothing, for there is no copy."""
+
 
 @dataclass(frozen=True)
 class RemoteRoot:
@@ -74,7 +88,9 @@ class RemoteRoot:
         def fetch(target: Path, on_size: Callable[[int], None]) -> str:
             token = get_token() if self.is_hub else None
             try:
-                return download(url, target, token=token, on_size=on_size)
+                with _Shown(path, on_size) as shown:
+                    begin, update = shown.begin, shown.update
+                    return download(url, target, token=token, on_size=begin, on_done=update)
             except MissingError as error:
                 # A layout goes without some of its texts, but a shard is counted and ought to be.
                 raise MissingError(str(error), not path.endswith(".tar")) from error
@@ -84,6 +100,10 @@ class RemoteRoot:
     def where(self, path: str) -> str:
         """Its URL."""
         return self.pattern.replace("{path}", quote(path))
+
+    def forget(self, path: str) -> None:
+        """Removes the file from the cache."""
+        default_cache().remove(self.where(path))
 
 
 @dataclass(frozen=True)
@@ -116,6 +136,39 @@ class CommandRoot:
     def where(self, path: str) -> str:
         """The address with ``pipe:``."""
         return "pipe:" + self.pattern.replace("{path}", path)
+
+    def forget(self, path: str) -> None:
+        """Removes the file from the cache."""
+        default_cache().remove(self.where(path))
+
+
+class _Shown:
+    """Progress of a download that takes a while, on a terminal; workers are silent."""
+
+    def __init__(self, path: str, on_size: Callable[[int], None]) -> None:
+        self.path = path
+        self.on_size = on_size
+        console = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
+        is_silent = not console.is_terminal or multiprocessing.parent_process() is not None
+        self.progress = Progress(*columns, console=console, transient=True, disable=is_silent)
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> _Shown:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def begin(self, size: int) -> None:
+        self.on_size(size)
+        if size >= _LONG and self.task is None:
+            self.task = self.progress.add_task(escape(self.path), total=size)
+            self.progress.start()
+
+    def update(self, done: int) -> None:
+        if self.task is not None:
+            self.progress.update(self.task, completed=done)
 
 
 def is_address(reference: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -73,7 +74,7 @@ class ShardSource:
 
     def __iter__(self) -> Iterator[Sample]:
         records = chain.from_iterable(map(self._records, self.names))
-        return map(partial(self._sample, set()), records)
+        return map(partial(self._sample, _Keys()), records)
 
     def shards(self) -> Sequence[Source]:
         """One a tar."""
@@ -81,16 +82,18 @@ class ShardSource:
 
     def _records(self, name: str) -> Iterator[_Record]:
         shard = self.root.where(name)
-        try:
-            with self.root.open(name) as stream:
+        with self.root.open(name) as stream:
+            try:
                 yield from _ahead(_read_records(shard, stream))
-        except VlkrError:
-            raise
-        # RecursionError: headers that each announce another one.
-        except (OSError, tarfile.TarError, ValueError, IndexError, RecursionError) as error:
-            raise VlkrError(f"cannot read shard {shard}: {error}") from error
+            except VlkrError:
+                self.root.forget(name)
+                raise
+            # RecursionError: headers that each announce another one.
+            except (OSError, tarfile.TarError, ValueError, IndexError, RecursionError) as error:
+                self.root.forget(name)
+                raise VlkrError(f"cannot read shard {shard}: {error}") from error
 
-    def _sample(self, seen: set[str], record: _Record) -> Sample:
+    def _sample(self, seen: _Keys, record: _Record) -> Sample:
         key = record.key
         try:
             if record.problem:
@@ -98,9 +101,8 @@ class ShardSource:
             image, label, facts = _parse(record.fields)
             key = facts.get("key", key)
             domain = facts.get("domain")
-            if key in seen:
+            if not seen.add(key):
                 raise ValueError("comes a second time")
-            seen.add(key)
             if label >= self.num_classes:
                 raise ValueError(f"has label {label}, expected below {self.num_classes}")
             if self.domains and domain not in self.domains:
@@ -109,6 +111,44 @@ class ShardSource:
         except ValueError as error:
             raise SampleError(str(error), key=key, shard=record.shard) from error
         return Sample(key, image, label, domain, record.shard)
+
+
+class _Keys:
+    """A set of keys in 16 to 32 bytes each, however long they are: a table of their hashes.
+
+    Of ``n`` keys two that differ are taken for one with a probability of ``n^2 / 2^65``, which is
+    3e-8 for a million. Python draws the hash anew in each process, so nobody can aim at that.
+    """
+
+    def __init__(self) -> None:
+        self._slots = array("q", bytes(8 * 64))
+        self._count = 0
+
+    def add(self, key: str) -> bool:
+        """Adds a key; False if it is there already."""
+        value = hash(key) or 1  # an empty slot holds 0
+        slots = self._slots
+        last = len(slots) - 1
+        place = value & last
+        while found := slots[place]:
+            if found == value:
+                return False
+            place = (place + 1) & last
+        slots[place] = value
+        self._count += 1
+        if 2 * self._count > last:
+            self._grow()
+        return True
+
+    def _grow(self) -> None:
+        slots = array("q", bytes(16 * len(self._slots)))
+        last = len(slots) - 1
+        for value in filter(None, self._slots):
+            place = value & last
+            while slots[place]:
+                place = (place + 1) & last
+            slots[place] = value
+        self._slots = slots
 
 
 def _ahead(records: Iterator[_Record]) -> Iterator[_Record]:
