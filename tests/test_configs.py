@@ -1,7 +1,9 @@
 """Every configuration that ships runs as its first line says, with fewer steps."""
 
+import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ SHORTER = {
     "approximate": ["--out-features=144", "--in-features=110", "--iterations=3", "--seeds=1"],
     "dg": ["--dry-run"],
     "compare": ["--dry-run"],
+    "transfer": ["--dry-run"],
     "adapt": ["--trainer.epochs=1", "--data.min-steps-per-epoch=1", "--trainer.progress=false"],
 }
 
@@ -57,6 +60,29 @@ def test_command_runs(config, run, tmp_path, monkeypatch, capsys):
     if "--output" in arguments and "--dry-run" not in SHORTER.get(arguments[0], []):
         assert (tmp_path / arguments[arguments.index("--output") + 1]).is_dir()
     assert capsys.readouterr().out
+
+
+# Steps as the papers tell: CLIP-LoRA 500 x shots, DomainBed 5,000; 10 epochs in batches of 128, of
+# at least 10 steps, with ImageNet's 16,000 images the most.
+PAPERS = {
+    "clip_lora": "500 to 8,000",
+    "domainbed": "5,000",
+    "imagenet_shift": "1,250",
+    "kradapter": "100 to 1,250",
+}
+
+
+@pytest.mark.parametrize("config", sorted(str(path) for path in ROOT.glob("configs/papers/*")))
+def test_plan_of_a_papers_protocol(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = Path(config).read_text(encoding="utf-8")
+    assert re.search("^# Source: .*(arXiv|ICML)", text, re.MULTILINE)
+    assert "\n# Expected: " in text
+    assert main([*command_of(config)[0], "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    trained = [row for row in plan["plan"] if row["method"] != "zero-shot"]
+    assert {row["steps a cell"] for row in trained} == {PAPERS[Path(config).stem]}
+    assert all(re.match(r"[\d,]+$", row["parameters"]) for row in trained)
 
 
 @pytest.mark.slow
