@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from vlkr.cli import main
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
-from vlkr.evaluation.runs import load_run
+from vlkr.evaluation.interpolation import interpolate
+from vlkr.evaluation.runs import load_run, run_config, run_dataset
 from vlkr.models.vit import load_vit
 from vlkr.training.adapt import AdapterOptions
 from vlkr.training.optim import OptimizerOptions
@@ -60,6 +61,21 @@ def test_logits_are_scaled_cosines_to_the_class_embeddings(run, colors):
         head = F.normalize(load_file(run.output / "head.safetensors")["weight"], dim=-1)
         logits = (1 / 0.07) * features @ head.T
     assert bundle.head.class_names[logits.argmax()] == "red"
+
+
+def test_interpolation_keeps_the_head(run, vit, colors):
+    found = interpolate(run.output, alphas=[0, 1], device="cpu")
+    base, adapted = (point.evaluation.home for point in found.points)
+    assert adapted.metrics == run.evaluation.home.metrics
+    assert adapted.templates == "none (classes learnt from images)"
+    bundle = load_vit(vit)
+    head = F.normalize(load_file(run.output / "head.safetensors")["weight"], dim=-1)
+    correct = []
+    for sample in run_dataset(run_config(run.output)).source("test"):
+        image = bundle.preprocess(Image.open(colors / sample.key).convert("RGB"))[None]
+        with torch.no_grad():
+            correct.append(bool((bundle.model.visual(image) @ head.T).argmax() == sample.label))
+    assert base.metrics["acc1"] == pytest.approx(sum(correct) / len(correct), abs=1e-6)
 
 
 def test_the_head_starts_at_the_classes_mean_features(tmp_path, vit, colors):

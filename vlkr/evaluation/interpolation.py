@@ -149,7 +149,8 @@ def interpolate(
 
     The adapter's change is scaled by alpha, which moves every adapted weight along the line of
     Wortsman et al. (2022, arXiv 2109.01903, section 3). The best alpha is chosen on the run's
-    validation images: the dataset's own split ``val``, or the few that were set aside.
+    validation images: the dataset's own split ``val``, or the few that were set aside. Class
+    embeddings that a model without text has learnt stay as they are.
 
     Args:
         run: folder written by ``vlkr adapt``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 from rich.progress import Progress, TextColumn
@@ -28,6 +29,7 @@ from vlkr.models.clip import ClipBundle, logit_scale
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
 
 _TEXTS_AT_A_TIME = 256
+_NO_TEMPLATES = "none (classes learnt from images)"
 
 
 def evaluate_bundle(
@@ -116,6 +118,8 @@ def evaluate_bundle(
 
         said = [predictions(dataset, dataset) for dataset in datasets]
         strange = [predictions(dataset, datasets[0]) for dataset in unknown]
+    if bundle.head is not None:
+        datasets = [replace(d, template_set=_NO_TEMPLATES) for d in datasets]
     results = [
         dataset_result(dataset, split, found, keep_predictions)
         for dataset, found in zip(datasets, said, strict=True)
