@@ -136,6 +136,11 @@ def test_budget_counts_the_options_of_the_method_to_meet(options, tmp_path):
     assert own.collected.outcomes[0].results[0].found["options"]["rank"] == 1
 
 
+def test_a_choice_at_an_end_of_its_list_is_told(report):
+    [table] = [table for table in report.tables if table.title == "Choice of settings"]
+    assert table.note.endswith("beyond which others may do better: kradapter")
+
+
 def test_learning_rate_is_chosen_on_validation(report):
     for outcome in report.collected.outcomes:
         if outcome.entry.method != "kradapter":
@@ -309,6 +314,8 @@ def test_several_datasets_have_their_mean(options, colors, tmp_path):
         ({"jobs": -1}, "jobs -1 is negative"),
         ({"steps_per_shot": 0}, "steps_per_shot 0 is too small"),
         ({"launcher": "sbatch"}, "lacks {command}"),
+        ({"data": DataOptions("digits", fraction=0.5)}, "data.fraction 0.5 does not go with"),
+        ({"data": DataOptions("digits", split_file="x")}, "data.split_file x does not go with"),
         ({"data": DataOptions()}, "no dataset"),
         ({"data": DataOptions("nowhere")}, "no dataset 'nowhere'"),
         ({"shifts": ["nowhere"]}, "no dataset 'nowhere'"),

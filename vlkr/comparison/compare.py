@@ -34,6 +34,7 @@ from vlkr.comparison.spectra import spectra_parts
 from vlkr.comparison.tables import (
     Table,
     Values,
+    choice_note,
     choice_table,
     compare_to_reference,
     cost_table,
@@ -92,6 +93,9 @@ def compare(
             cell could be computed.
     """
     options = GridOptions(**grid)
+    for name in ("fraction", "split_file"):
+        if (value := getattr(options.data, name)) is not None:
+            raise VlkrError(f"data.{name} {value} does not go with compare, which draws shots")
     numbers = shots if shots is not None else [options.data.shots]
     if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
         raise VlkrError(f"shots {numbers} is empty, repeats itself or has a number below 1")
@@ -191,8 +195,7 @@ def compare_report(
         tables.append(Table(f"Difference to {found.plan.reference}", rows, DIFFERENCES))
     tables.append(Table("Cost", cost_table(found), "Memory is the largest of a method's cells"))
     if choices := choice_table(found):
-        note = "Mean validation accuracy over seeds in percent, * the chosen setting"
-        tables.append(Table("Choice of settings", choices, note, brief=False))
+        tables.append(Table("Choice of settings", choices, choice_note(found), brief=False))
     if len(differences) > len(shown):
         rows = difference_table(differences, found.plan.reference)
         tables.append(Table("Differences, set by set", rows, DIFFERENCES, brief=False))

@@ -27,6 +27,7 @@ from vlkr.comparison.statistics import paired_bootstrap
 from vlkr.comparison.tables import (
     Difference,
     Table,
+    choice_note,
     choice_table,
     compare_to_reference,
     correct_pairs,
@@ -205,7 +206,7 @@ def dg_report(found: Collected, output: Path) -> Report:
         tables.append(Table(title, rows, f"{DIFFERENCES}. Model selection: {rule}"))
     tables.append(Table("Cost", cost_table(found), "Memory is the largest of a method's cells"))
     if choices := choice_table(found):
-        note = f"Mean validation accuracy over seeds in percent, * the chosen setting; {rule}"
+        note = f"{choice_note(found)}. Model selection: {rule}"
         tables.append(Table("Choice of settings", choices, note, brief=False))
     bars = {
         domain: partial(mean_over, found, places=[place], values=_on_test)

@@ -287,6 +287,23 @@ def choice_table(collected: Collected) -> list[list[str]]:
     return rows
 
 
+def choice_note(collected: Collected) -> str:
+    """How to read the choices, and which learning rates lie at an end of their list."""
+    note = "Mean validation accuracy over seeds in percent, * the chosen setting"
+    ends = dict.fromkeys(
+        outcome.entry.method
+        for outcome in collected.outcomes
+        if (rates := sorted({c.setting.get("lr", 0.0) for c in outcome.entry.candidates}))[1:]
+        and outcome.chosen is not None
+        and outcome.chosen.setting["lr"] in (rates[0], rates[-1])
+    )
+    if not ends:
+        return note
+    return f"{note}; at an end of the learning rates, beyond which others may do better: " + (
+        ", ".join(ends)
+    )
+
+
 def _setting(setting: dict[str, float]) -> str:
     return " ".join(f"{key} {value:g}" for key, value in setting.items())
 

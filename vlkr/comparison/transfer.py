@@ -29,6 +29,7 @@ from vlkr.comparison.running import (
 from vlkr.comparison.tables import (
     Table,
     Values,
+    choice_note,
     choice_table,
     compare_to_reference,
     cost_table,
@@ -129,8 +130,7 @@ def transfer_plan(
             context.pop(key, None)
     context |= {
         "adapted to": names[0],
-        "classes": data.classes,
-        "shots": data.shots,
+        **{key: value for key, value in data.context().items() if value is not None},
         "split": "test",
         "learning rate and epochs": "by mean validation accuracy at home, per method",
     }
@@ -227,8 +227,7 @@ def transfer_report(found: Collected, output: Path) -> Report:
         tables.append(Table(f"Difference to {found.plan.reference}", rows_, DIFFERENCES))
     tables.append(Table("Cost", cost_table(found), "Memory is the largest of a method's cells"))
     if choices := choice_table(found):
-        note = "Mean validation accuracy over seeds in percent, * the chosen setting"
-        tables.append(Table("Choice of settings", choices, note, brief=False))
+        tables.append(Table("Choice of settings", choices, choice_note(found), brief=False))
     bars = {name: partial(values_at, found, place=place, name=name) for name in names}
 
     def home(method: str, _: dict[str, Any]) -> list[float]:
