@@ -3,23 +3,24 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import onnx
 import open_clip
 import pytest
 import timm
 import torch
-import transformers
 from helpers import tree
-from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from vlkr.adapters import load_adapter, merge_adapters
+from vlkr.adapters import merge_adapters
 from vlkr.cli import main
 from vlkr.errors import VlkrError
 from vlkr.evaluation.runs import load_run
 from vlkr.export import exporter, parity
-from vlkr.export.exporter import export, load_export
+from vlkr.export.exporter import export
+from vlkr.export.preprocessing import Preprocessing
 from vlkr.models.clip import load_clip
 
 COMMON = {"README.md", "class_embeddings.safetensors", "vlkr_export.json"}
@@ -101,8 +102,16 @@ def test_weights_are_merged_in_fp32_and_then_cast(dtype, run, tmp_path):
         assert torch.equal(tensor, wanted), key
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", ["timm", "transformers", "adapter"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("timm", "float16"),
+        ("timm", "bfloat16"),
+        ("transformers", "float16"),
+        ("transformers", "bfloat16"),
+        ("adapter", "bfloat16"),
+    ],
+)
 def test_half_precision_is_what_lies_on_disk(dtype, name, run, vit_run, tmp_path):
     result = export(vit_run if name == "timm" else run, tmp_path / "out", format=name, dtype=dtype)
     assert result.parity.min_image_cosine >= 0.999
@@ -157,10 +166,10 @@ def test_alpha_is_the_strength_of_the_change(run, small, tmp_path):
 
 
 def test_onnx_tokenizer_gives_the_same_ids(small, tmp_path):
-    from vlkr.export.tokenizer import write_tokenizer_json
+    from vlkr.export.tokenizer import write_tokenizer
 
     bundle = load_clip(small)
-    write_tokenizer_json(bundle, tmp_path / "tokenizer.json")
+    write_tokenizer(bundle, tmp_path)
     texts = [
         "a photo of a red square.",
         "Don't  SHOUT, 42 naïve cafés!",
@@ -173,164 +182,6 @@ def test_onnx_tokenizer_gives_the_same_ids(small, tmp_path):
     assert found == bundle.tokenizer(texts).tolist()
 
 
-# Formats that other libraries read
-
-
-@pytest.mark.parametrize(
-    "pool", [("", "linear", False), ("avg", "linear", True), ("token", None, False)]
-)
-def test_timm_tower_of_a_clip(pool, write_model, make_run, digit_images, tmp_path):
-    names = ("timm_pool", "timm_proj", "timm_proj_bias")
-    vision = {
-        "timm_model_name": "test_vit",
-        "image_size": 160,
-        **dict(zip(names, pool, strict=True)),
-    }
-    run = make_run(tmp_path / "run", write_model(tmp_path / "clip", vision_cfg=vision))
-    export(run, tmp_path / "out", format="timm")
-    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    config = timm.data.resolve_model_data_config(model)
-    assert list(config["mean"]) == [0.5, 0.4, 0.3]
-    preprocess = timm.data.create_transform(**config)
-    plain = merged(run)
-    pixels = torch.stack([preprocess(image) for image in digit_images[:8]])
-    wanted = torch.stack([plain.preprocess(image) for image in digit_images[:8]])
-    assert torch.equal(pixels, wanted)
-    with torch.no_grad():
-        torch.testing.assert_close(model(pixels), plain.model.encode_image(pixels))
-    assert model.num_classes == 24
-
-
-ARCHITECTURES = {
-    "quick_gelu": ({"quick_gelu": True}, ("quick_gelu", "quick_gelu")),
-    "tanh": (
-        {"text_cfg": {"act_kwargs": {"approximate": "tanh"}}, "resize_mode": "shortest"},
-        ("gelu", "gelu_pytorch_tanh"),
-    ),
-    "custom_text": ({"custom_text": True}, ("gelu", "gelu")),
-    "eps": ({"vision_cfg": {"norm_kwargs": {"eps": 1e-3}, "mlp_ratio": 3.0}}, ("gelu", "gelu")),
-    "vector_scale": ({"nonscalar_logit_scale": True}, ("gelu", "gelu")),
-}
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_transformers_of_other_architectures(name, write_model, make_run, digit_images, tmp_path):
-    changes, activations = ARCHITECTURES[name]
-    clip = write_model(tmp_path / "clip", **changes)
-    run = make_run(tmp_path / "run", clip, std=0.1)
-    export(run, tmp_path / "out", format="transformers")
-    model = transformers.CLIPModel.from_pretrained(tmp_path / "out")
-    config = model.config
-    assert (config.vision_config.hidden_act, config.text_config.hidden_act) == activations
-    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
-    images = [image.resize((20, 12)) for image in digit_images[:4]]
-    inputs = processor(
-        text=["a", "the digit two"], images=images, padding=True, return_tensors="pt"
-    )
-    with torch.no_grad():
-        found = model(**inputs)
-        plain = merged(run)
-        pixels = torch.stack([plain.preprocess(image) for image in images])
-        tokens = plain.tokenizer(["a", "the digit two"])
-        features = plain.model.encode_image(pixels, normalize=True)
-        texts = plain.model.encode_text(tokens, normalize=True)
-        wanted = plain.model.logit_scale.exp() * features @ texts.T
-    # The default processor resizes with torchvision, which may round a pixel the other way.
-    assert (inputs["pixel_values"] - pixels).abs().max() <= 1.01 / 255 / 0.2
-    torch.testing.assert_close(found.text_embeds, texts, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(found.logits_per_image, wanted, atol=0.05, rtol=0.01)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"vision_cfg": {"layers": [1, 1, 1, 1], "width": 16}}, "image tower is a ModifiedResNet"),
-        ({"vision_cfg": {"attentional_pool": True}}, "pools by attention"),
-        ({"vision_cfg": {"pool_type": "avg"}}, "image tower pools 'avg', expected 'tok'"),
-        ({"vision_cfg": {"no_ln_pre": True}}, "vision_model.pre_layrnorm.weight"),
-        (
-            {"vision_cfg": {"ls_init_value": 0.1}},
-            "no place for visual.transformer.resblocks.0.ls_1",
-        ),
-        ({"vision_cfg": {"qk_norm": True}}, "has blocks CustomResidualAttentionBlock"),
-        ({"text_cfg": {"pool_type": "last"}}, "text tower pools 'last', expected 'argmax'"),
-        ({"text_cfg": {"no_causal_mask": True}}, "text tower is not causal"),
-        ({"text_cfg": {"proj_bias": True}}, "no place for text_projection.weight"),
-        ({"init_logit_bias": -10.0}, "no place for logit_bias"),
-        ({"text_cfg": {"tokenizer_kwargs": {"clean": "whitespace"}}}, "CLIP's own tokenizer"),
-        ({"resize_mode": "longest"}, "no resize mode 'longest'"),
-    ],
-)
-def test_transformers_refuses_what_it_cannot_hold(
-    changes, message, write_model, make_run, tmp_path
-):
-    run = make_run(tmp_path / "run", write_model(tmp_path / "clip", **changes))
-    with pytest.raises(VlkrError) as raised:
-        export(run, tmp_path / "out", format="transformers")
-    assert message in str(raised.value)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-@pytest.mark.parametrize(
-    ("targets", "options", "alpha"),
-    [
-        (("q", "k", "v", "out", "fc1", "fc2"), {"rank": 4, "alpha": 2.0}, 1.0),
-        (("qkv", "fc1"), {"rank": 3, "use_rslora": True}, 0.5),
-    ],
-)
-def test_lora_for_peft(targets, options, alpha, small, make_run, tmp_path):
-    run = make_run(tmp_path / "run", small, adapter="lora", std=0.2, targets=targets, **options)
-    export(run, tmp_path / "base", format="transformers", alpha=0)
-    export(run, tmp_path / "out", format="adapter", alpha=alpha)
-    export(run, tmp_path / "merged", format="transformers", alpha=alpha)
-    read = transformers.CLIPModel.from_pretrained
-    inputs = {
-        "pixel_values": torch.randn(4, 3, 16, 16),
-        "input_ids": torch.tensor([[49406, 49407]]),
-    }
-    found = PeftModel.from_pretrained(read(tmp_path / "base"), tmp_path / "out").eval()
-    with torch.no_grad():
-        got, wanted, base = (
-            model(**inputs) for model in (found, read(tmp_path / "merged"), read(tmp_path / "base"))
-        )
-    for name in ("image_embeds", "text_embeds"):
-        torch.testing.assert_close(got[name], wanted[name], atol=1e-5, rtol=1e-4)
-        assert (base[name] - wanted[name]).abs().max() > 0.01
-    bundle = load_clip(small)
-    load_adapter(bundle.model, tmp_path / "out")
-    with torch.no_grad():
-        features = bundle.model.encode_image(inputs["pixel_values"], normalize=True)
-    torch.testing.assert_close(features, wanted.image_embeds, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("name", "model", "message"),
-    [
-        ("timm", "small", "image tower of 'local-dir:.*' is a VisionTransformer and no timm model"),
-        ("open_clip", "vit", "model 'timm:test_vit' has no text tower, and format open_clip holds"),
-        ("transformers", "vit", "has no text tower, and format transformers holds image-text"),
-    ],
-)
-def test_a_model_that_a_format_cannot_hold(name, model, message, run, vit_run, tmp_path):
-    with pytest.raises(VlkrError, match=message):
-        export(run if model == "small" else vit_run, tmp_path / "out", format=name)
-    assert tree(tmp_path) == {}
-
-
-def test_timm_refuses_more_than_a_linear_head(write_model, make_run, tmp_path):
-    vision = {"timm_model_name": "test_vit", "timm_proj": "mlp", "image_size": 160}
-    run = make_run(tmp_path / "run", write_model(tmp_path / "clip", vision_cfg=vision))
-    with pytest.raises(VlkrError, match="ends in Mlp, and timm's head holds one linear layer"):
-        export(run, tmp_path / "out", format="timm")
-
-
-def test_vit_without_text_as_adapter(vit_run, tmp_path):
-    found = export(vit_run, tmp_path / "out", format="adapter").parity
-    assert found.min_text_cosine is None
-    assert load_export(tmp_path / "out").classifier.class_names[:2] == ("zero", "one")
-
-
 # Wrong options
 
 
@@ -339,7 +190,7 @@ def test_vit_without_text_as_adapter(vit_run, tmp_path):
     [
         ("--format onxx", "unknown format 'onxx'; known: open_clip, timm, transformers, onnx"),
         ("--dtype int8", "unknown dtype 'int8'; known: float32, float16, bfloat16"),
-        ("--alpha -1", "alpha -1.0 is out of range, expected 0 (the base) to 1 (adapted)"),
+        ("--alpha -1", "alpha -1.0 is out of range, expected at least 0; 0 is the base"),
         ("--alpha .inf", "alpha inf is out of range"),
         ("--push-to-hub a/b/c", "'a/b/c' is no repository, expected ORG/NAME"),
     ],
@@ -413,6 +264,12 @@ def test_compared_images_are_spread_over_the_classes(colors):
         max(range(3), key=image.resize((1, 1)).getpixel((0, 0)).__getitem__) for image in found
     }
     assert shades == {0, 1, 2}
+    images = sum(1 for _ in dataset.source("test"))
+    assert [len(parity.spread_images(dataset, n)) for n in (1, images - 1, 64)] == [
+        1,
+        images - 1,
+        images,
+    ]
 
 
 def test_open_clip_export_is_a_model_like_any_other(run, colors, tmp_path, capsys):
@@ -424,3 +281,57 @@ def test_open_clip_export_is_a_model_like_any_other(run, colors, tmp_path, capsy
     assert metrics == pytest.approx(home, abs=1e-4)
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
     assert type(model) is open_clip.CLIP
+
+
+# Preprocessing
+
+
+@pytest.mark.parametrize(
+    ("mode", "crop_mode", "size"),
+    [
+        ("shortest", "center", (32, 32)),
+        ("squash", "squash", (32, 32)),
+        ("squash", "squash", (32, 24)),
+    ],
+)
+@pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.9])
+def test_transform_is_that_of_timm(mode, crop_mode, size, crop_pct):
+    preprocessing = Preprocessing(
+        size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", mode, crop_pct=crop_pct
+    )
+    assert preprocessing.timm()["crop_mode"] == crop_mode
+    theirs = timm.data.create_transform(**preprocessing.timm(), is_training=False)
+    noise = np.random.default_rng(0).integers(0, 256, (45, 61, 3), np.uint8)
+    image = Image.fromarray(noise)
+    assert torch.equal(preprocessing.transform()(image), theirs(image))
+    assert Preprocessing.from_json(json.loads(json.dumps(preprocessing.to_json()))) == preprocessing
+
+
+@pytest.mark.slow
+def test_large_weights_lie_beside_the_graph(run, tmp_path, monkeypatch):
+    from vlkr.export import onnx as writer
+
+    monkeypatch.setattr(writer, "_LARGE", 0)
+    export(run, tmp_path / "out", format="onnx")
+    names = {path.name for path in (tmp_path / "out").glob("*.data")}
+    assert names == {f"{name}.onnx.data" for name in writer.INPUTS}
+    assert (tmp_path / "out" / "text_encoder.onnx").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        ({"interpolation": "random"}, True),
+        ({"interpolation": "lanczos"}, False),
+        ({"resize_mode": "longest", "crop_pct": 0.9}, False),
+        ({"resize_mode": "shortest", "crop_pct": 0.9, "size": (16, 8)}, False),
+    ],
+)
+def test_preprocessing_that_nobody_has_words_for(changes, known, small):
+    bundle = load_clip(small)
+    bundle.preprocess_cfg |= changes
+    if known:
+        assert Preprocessing.of(bundle).interpolation == "bicubic"
+    else:
+        with pytest.raises(VlkrError, match="resizes its images in a way that no format has words"):
+            Preprocessing.of(bundle)

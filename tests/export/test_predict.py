@@ -218,6 +218,7 @@ def test_written_to_a_file(name, options, model, photos, tmp_path, capsys):
         ("--model MODEL PHOTOS --top-k 4", "top-k 4 is too large, the model knows 3 classes"),
         ("--model MODEL PHOTOS --top-k 0", "top-k 0 is too small, expected at least 1"),
         ("--model MODEL PHOTOS --batch-size 0", "batch size 0 is too small"),
+        ("--model MODEL PHOTOS --output EMPTY/x.json", "x.json does not tell its format: name it"),
         ("--model MODEL PHOTOS --format xml", "unknown format 'xml'; known: table, jsonl, csv"),
         ("--model MODEL PHOTOS --device abacus", "device 'abacus' is not available"),
         ("--model MODEL", "--images missing"),
@@ -253,6 +254,37 @@ def test_a_damaged_export_is_told(name, content, message, model, photos, tmp_pat
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("transformers", "config.json"),
+        pytest.param("onnx", "classifier.onnx", marks=pytest.mark.slow),
+        pytest.param("torch", "classifier.pt2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_damaged_file_of_another_format_is_told(name, file, run, photos, tmp_path, capsys):
+    export(run, tmp_path / "out", format=name)
+    capsys.readouterr()
+    for content in (b"", b"[]"):
+        (tmp_path / "out" / file).write_bytes(content)
+        assert main(["predict", "--model", str(tmp_path / "out"), str(photos)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(tmp_path / "out") in line
+        assert "damaged" in line
+
+
+def test_progress_is_for_terminals(model, photos, capsys, monkeypatch):
+    arguments = ["predict", "--model", str(model), str(photos), "--format", "csv"]
+    assert main(arguments) == 0
+    plain = capsys.readouterr()
+    assert plain.err == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    assert "7 of 7 images" in shown.err
+    assert shown.out == plain.out
+
+
 def test_an_adapter_refuses_another_base(run, photos, tmp_path, capsys):
     export(run, tmp_path / "out", format="adapter")
     manifest = tmp_path / "out" / "vlkr_export.json"
@@ -275,4 +307,5 @@ def test_workers_and_a_process_of_its_own(model, photos, tmp_path, capsys):
         cwd=Path(__file__).parent,
     )
     assert done.returncode == 0, done.stderr
-    assert [json.loads(line) for line in done.stdout.splitlines()] == wanted
+    for line, other in zip(map(json.loads, done.stdout.splitlines()), wanted, strict=True):
+        assert line == other | {"probability": pytest.approx(other["probability"], abs=2e-5)}

@@ -230,14 +230,8 @@ def without_blank_lines(text):
     return "\n".join(line for line in text.splitlines() if line)
 
 
-@pytest.mark.parametrize(
-    "group",
-    [
-        "libraries",
-        pytest.param("onnx", marks=pytest.mark.slow),
-        pytest.param("torch", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("group", GROUPS)
 def test_readme_loads_each_format_without_vlkr(group, exports, digit_images):
     lines = {
         name: (exports.options[name]["--format"], text)

@@ -26,7 +26,7 @@ def small_disk(tmp_path):
     if not mount(folder, "-t", "tmpfs", "-o", "size=5m", "tmpfs"):
         pytest.skip("file systems cannot be mounted here")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_full_disk_keeps_the_old_export(name, run, small_disk, capsys):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("step", ["write_json", "write_text", "save_file"])
+@pytest.mark.parametrize("step", ["write_json", "save_file"])
 def test_a_failing_write_keeps_the_old_export(run, tmp_path, monkeypatch, error, step):
     export(run, tmp_path / "out", format="adapter")
     before = tree(tmp_path)
@@ -78,6 +78,8 @@ save = safetensors.torch.save_file
 def save_half(tensors, path, **options):
     save(tensors, path, **options)
     os.truncate(path, os.path.getsize(path) // 2)
+    optional = {"onnx", "onnxruntime", "vlkr.export.timm", "vlkr.export.transformers"}
+    print(*(optional & set(sys.modules)), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 safetensors.torch.save_file = save_half
 from vlkr.export.exporter import export
@@ -85,12 +87,15 @@ export(Path(sys.argv[1]), Path(sys.argv[2]), force=True)
 """
 
 
+@pytest.mark.slow
 def test_a_kill_in_mid_write_keeps_the_old_export(run, tmp_path):
     output = tmp_path / "out"
     export(run, output, format="adapter")
     before = tree(output)
-    done = subprocess.run([sys.executable, "-c", KILLED, str(run), str(output)], timeout=300)
+    command = [sys.executable, "-c", KILLED, str(run), str(output)]
+    done = subprocess.run(command, timeout=300, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL
+    assert done.stdout == "\n"  # nothing is imported that the format does not need
     assert tree(output) == before
     left = [path for path in tmp_path.iterdir() if path != output]
     assert [path.name.startswith(".out.") for path in left] == [True]
@@ -118,7 +123,7 @@ def test_a_read_only_target(run, tmp_path, monkeypatch, capsys):
         assert tree(tmp_path) == before
     finally:
         if mounted:
-            subprocess.run(["umount", folder], check=True)
+            subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_what_is_there_is_kept_unless_told(run, tmp_path):

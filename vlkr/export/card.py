@@ -10,9 +10,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 
 from vlkr.evaluation.report import METRICS, cell, markdown_table
 from vlkr.export.formats import Description, Subject
+from vlkr.export.hub import is_repository
 from vlkr.export.parity import Parity
 from vlkr.files import read_json, read_yaml, resource
-from vlkr.models.clip import TINY, hub_repository
+from vlkr.models.clip import TINY, ClipBundle, hub_repository
 from vlkr.version import __version__
 
 _MOST_NAMES = 20
@@ -83,22 +84,34 @@ def base_licence(subject: Subject) -> str | None:
 
 def _last_part(name: str) -> str:
     """A model's name without the folders of this machine."""
-    return Path(name).name if name.startswith(("local-dir:", "/")) else name
+    own = name.removeprefix("timm:")
+    return Path(name).name if own.startswith(("local-dir:", "/")) else name
+
+
+def _base_repository(bundle: ClipBundle) -> str | None:
+    """The base model as hubs name it; None for a name that is none there."""
+    name = bundle.name
+    if not name.startswith("timm:"):
+        name = hub_repository(name, bundle.pretrained) or _last_part(name)
+    elif name.startswith(("timm:local-dir:", "timm:hf-hub:")):
+        name = _last_part(name).removeprefix("timm:hf-hub:")
+    else:
+        name = name.replace(":", "/", 1)
+    return name if is_repository(name) else None
 
 
 def _front_matter(subject: Subject, description: Description, folder: str) -> str:
     config, bundle = subject.config, subject.adapted
     data, task = dataset_name(config), "zero-shot-image-classification"
-    base = hub_repository(bundle.name, bundle.pretrained) or _last_part(bundle.name)
     # The run was measured at full strength.
     results = _results(subject) if subject.alpha == 1 else []
     facts = ModelCardData(
         license=base_licence(subject),
-        base_model=base,
+        base_model=_base_repository(bundle),
         library_name=description.library,
         pipeline_tag=task if bundle.has_text else "image-classification",
         tags=["vlkr", config["adapter"]["name"]],
-        datasets=[data],
+        datasets=[data] if is_repository(data) else None,
         metrics=["accuracy"] if results else None,
         model_name=folder if results else None,
         eval_results=[

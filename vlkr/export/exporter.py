@@ -21,6 +21,7 @@ from vlkr.errors import VlkrError
 from vlkr.evaluation.runs import load_run, run_dataset
 from vlkr.export.card import dataset_name, model_card
 from vlkr.export.formats import DTYPES, Classifier, Predictor, Subject, get_format
+from vlkr.export.hub import check_repository, push
 from vlkr.export.parity import Parity, check_parity
 from vlkr.export.preprocessing import Preprocessing
 from vlkr.files import atomic_folder, check_free, read_json, write_json, write_text
@@ -103,13 +104,13 @@ def export(
     if dtype not in DTYPES:
         raise VlkrError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if not (math.isfinite(alpha) and alpha >= 0):
-        raise VlkrError(f"alpha {alpha} is out of range, expected 0 (the base) to 1 (adapted)")
+        raise VlkrError(
+            f"alpha {alpha} is out of range, expected at least 0; 0 is the base, 1 the adapted"
+        )
     check_free(output, force=force)
     if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise VlkrError(f"{output} holds no export; --force replaces nothing else")
     if push_to_hub is not None:
-        from vlkr.export.hub import check_repository, push
-
         check_repository(push_to_hub)
     with Console(stderr=True).status(f"exporting to {escape(str(output))}"):
         subject, dataset = load_subject(run, alpha)
@@ -176,7 +177,9 @@ def load_export(folder: Path, device: str = "cpu") -> Predictor:
         VlkrError: if the folder holds no export, or is damaged.
     """
     if not (folder / MANIFEST).is_file():
-        raise VlkrError(f"no export at {folder}: {MANIFEST} is missing")
+        raise VlkrError(
+            f"no export at {folder}: {MANIFEST} is missing; `vlkr export` writes one from a run"
+        )
     manifest = read_json(folder / MANIFEST)
     try:
         reader = get_format(manifest["format"])
@@ -190,7 +193,8 @@ def load_export(folder: Path, device: str = "cpu") -> Predictor:
         return reader.load(folder, manifest, classifier, pick_device(device))
     except VlkrError:
         raise
-    except (KeyError, OSError, RuntimeError, ValueError, SafetensorError) as error:
+    # The formats' libraries raise whatever their parsers stumble over.
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise VlkrError(f"export {folder} is damaged: {type(error).__name__} {reason}") from error
 
@@ -227,7 +231,8 @@ def _manifest(subject: Subject, format_name: str, dtype: str) -> dict[str, Any]:
 
 
 def _command(run: Path, output: Path, format_name: str, dtype: str, alpha: float) -> str:
-    words = ["vlkr", "export", "--run", run.name, "--format", format_name, "--output", output.name]
+    names = [path.absolute().name for path in (run, output)]
+    words = ["vlkr", "export", "--run", names[0], "--format", format_name, "--output", names[1]]
     words += ["--dtype", dtype] if dtype != "float32" else []
     words += ["--alpha", f"{alpha:g}"] if alpha != 1 else []
     return shlex.join(words)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,12 +69,15 @@ class ImageClassifier(nn.Module):
         return features @ self.weight.T
 
 
-def trace(subject: Subject, dtype: torch.dtype) -> Iterator[tuple[str, ExportedProgram]]:
+def trace(
+    subject: Subject, dtype: torch.dtype, names: Collection[str] = INPUTS.keys()
+) -> Iterator[tuple[str, ExportedProgram]]:
     """The graphs by name, each for any batch size; no text encoder of a model without text.
 
     Args:
         subject: the adapted model.
         dtype: of weights and computation; inputs and outputs are fp32 in any case.
+        names: which of the graphs.
 
     Raises:
         VlkrError: if ``torch.export`` cannot trace an encoder.
@@ -90,6 +94,8 @@ def trace(subject: Subject, dtype: torch.dtype) -> Iterator[tuple[str, ExportedP
     classifier = ImageClassifier(encoder, head.class_embeddings, head.logit_scale)
     graphs["classifier"] = (classifier, pixels)
     for name, (module, example) in graphs.items():
+        if name not in names:
+            continue
         try:
             with torch.no_grad(), quiet():
                 program = torch.export.export(
@@ -121,10 +127,15 @@ def graph_metadata(subject: Subject) -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leaves out warnings that tracers address to their own developers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Leaves out warnings and log lines that tracers address to their own developers."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _part(model: nn.Module, children: list[str], dtype: torch.dtype) -> nn.Module:

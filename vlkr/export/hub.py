@@ -13,12 +13,19 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from vlkr.errors import VlkrError
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name could be one on the hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def check_repository(repository: str) -> None:
     """Raises :class:`VlkrError` for a name that is none, or if there is no token to write with."""
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise VlkrError(f"{repository!r} is no repository, expected ORG/NAME: {error}") from error
+    if not is_repository(repository):
+        raise VlkrError(f"{repository!r} is no repository, expected ORG/NAME")
     if get_token() is None:
         raise VlkrError("no token of the hub to push with: set HF_TOKEN, or run `hf auth login`")
 
@@ -37,7 +44,8 @@ def push(folder: Path, repository: str) -> str:
         address = api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export by vlkr")
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         raise VlkrError(
-            f"wrote {folder}, and could not push it to {repository}: {' '.join(str(error).split())}"
+            f"wrote {folder}, and could not push it to {repository}: {reason}"
         ) from error
     return str(address)

@@ -20,7 +20,7 @@ from vlkr.errors import VlkrError
 from vlkr.export.formats import Classifier, Description, Predictor, Subject
 from vlkr.export.graphs import INPUTS, OUTPUTS, graph_metadata, quiet, trace
 from vlkr.export.preprocessing import Preprocessing
-from vlkr.export.tokenizer import write_tokenizer_json
+from vlkr.export.tokenizer import write_tokenizer
 
 _SNIPPET = """\
 import json, onnxruntime
@@ -52,9 +52,9 @@ def describe(subject: Subject) -> Description:
 def write(subject: Subject, folder: Path, dtype: torch.dtype) -> None:
     """Writes and checks the graphs."""
     if subject.adapted.has_text:
-        write_tokenizer_json(subject.adapted, folder / "tokenizer.json")
+        write_tokenizer(subject.adapted, folder)
     metadata = {key: json.dumps(value) for key, value in graph_metadata(subject).items()}
-    for name, program in trace(subject, torch.float32):
+    for name, program in trace(subject, torch.float32, ("image_encoder", "text_encoder")):
         with quiet():
             exported = torch.onnx.export(
                 program,
@@ -65,15 +65,41 @@ def write(subject: Subject, folder: Path, dtype: torch.dtype) -> None:
                 dynamic_shapes={INPUTS[name]: {0: "batch"}},
             )
         assert exported is not None
-        model = exported.model
-        if dtype in _DTYPES:
-            _store_in(model, _DTYPES[dtype])
-        model.metadata_props.update(metadata)
-        weights = (value.const_value for value in model.graph.initializers.values())
-        large = sum(tensor.nbytes for tensor in weights if tensor is not None) > _LARGE
-        path = folder / f"{name}.onnx"
-        ir.save(model, path, external_data=f"{name}.onnx.data" if large else None)
-        onnx.checker.check_model(path, full_check=True)
+        exported.model.metadata_props.update(metadata)
+        _save(exported.model, folder / f"{name}.onnx", dtype)
+        if name == "image_encoder":
+            _append_classes(exported.model, subject.classifier)
+            _save(exported.model, folder / "classifier.onnx", dtype)
+
+
+def _append_classes(model: ir.Model, classifier: Classifier) -> None:
+    """Makes an image encoder a classifier: image features to logits."""
+    graph = model.graph
+    (features,) = graph.outputs
+    assert features.shape is not None
+    embeddings = classifier.logit_scale * classifier.class_embeddings.T
+    weight = ir.Value(
+        name="class_embeddings",
+        shape=ir.Shape(embeddings.shape),
+        type=ir.TensorType(ir.DataType.FLOAT),
+        const_value=ir.Tensor(embeddings.contiguous().numpy(), name="class_embeddings"),
+    )
+    graph.register_initializer(weight)
+    product = ir.node("MatMul", [features, weight])
+    (logits,) = product.outputs
+    logits.name, logits.type = OUTPUTS["classifier"], features.type
+    logits.shape = ir.Shape([features.shape[0], embeddings.shape[1]])
+    graph.append(product)
+    graph.outputs[:] = [logits]
+
+
+def _save(model: ir.Model, path: Path, dtype: torch.dtype) -> None:
+    if dtype in _DTYPES:
+        _store_in(model, _DTYPES[dtype])
+    weights = (value.const_value for value in model.graph.initializers.values())
+    large = sum(tensor.nbytes for tensor in weights if tensor is not None) > _LARGE
+    ir.save(model, path, external_data=f"{path.name}.data" if large else None)
+    onnx.checker.check_model(path, full_check=True)
 
 
 def _store_in(model: ir.Model, dtype: ir.DataType) -> None:

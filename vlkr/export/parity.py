@@ -115,8 +115,9 @@ def spread_images(dataset: Dataset, count: int) -> list[Image.Image]:
         VlkrError: if there is none.
     """
     shards = dataset.source("test").shards()
-    some = shards[:: -(-len(shards) // count)]
-    parts = [skip_bad(shard, lambda error: None) for shard in some]
+    step = -(-len(shards) // count)
+    order = [shard for start in range(step) for shard in shards[start::step]]
+    parts = [skip_bad(shard, lambda error: None) for shard in order]
     images = list(islice(_decodable(_in_turn(parts)), count))
     if not images:
         raise VlkrError(f"dataset {dataset.name!r} has no test image to compare the export on")

@@ -157,7 +157,8 @@ def predict(
         images: files, and folders whose images are found at any depth.
         format: ``table``, ``jsonl`` or ``csv``.
         top_k: classes an image.
-        output: a file to write, as JSON Lines or CSV, in place of showing the predictions.
+        output: a file to write, as its ending (``.jsonl``, ``.csv``) or ``format`` tells, in place
+            of showing the predictions.
         batch_size: images at a time.
         num_workers: processes that decode images; 0 does it in the main one.
         device: ``auto``, ``cpu``, ``cuda``, ...
@@ -167,6 +168,8 @@ def predict(
         VlkrError: if the model or a path is missing, or an option is out of range.
     """
     _check(format, top_k, batch_size, num_workers, output, force)
+    if output is not None and format == "table":
+        format = _format_of(output)
     paths = list(_image_paths(images))
     predictor = load_export(model, device)
     names = predictor.classifier.class_names
@@ -194,8 +197,6 @@ def predict(
         "adapter": manifest["adapter"]["name"],
         "weights_sha256": manifest["weights_sha256"][:12],
     }
-    if output is not None and format == "table":
-        format = "csv" if output.suffix == ".csv" else "jsonl"
     result = Predictions(predictions, context, format, output)
     if output is not None:
         write_text(output, result.text())
@@ -223,6 +224,16 @@ def _check(
         if output.exists() and not (force and output.is_file()):
             raise VlkrError(f"{output} exists already; name another file, or --force replaces it")
         check_free(output.parent, force=True)
+
+
+def _format_of(output: Path) -> str:
+    found = output.suffix.removeprefix(".")
+    if found not in ("csv", "jsonl"):
+        raise VlkrError(
+            f"{output} does not tell its format: name it .csv or .jsonl, or give --format csv or "
+            "jsonl"
+        )
+    return found
 
 
 def _image_paths(given: list[Path]) -> Iterator[Path]:
@@ -286,9 +297,11 @@ def _classify(
 
 
 def _progress() -> Progress:
+    console = Console(stderr=True)
     return Progress(
         *Progress.get_default_columns()[:2],
         TextColumn("{task.completed} of {task.total} images"),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )

@@ -61,8 +61,10 @@ class Preprocessing:
             crop_pct=cfg.get("crop_pct", 1.0),
         )
         height, width = found.size
-        plain = found.crop_pct == 1 or (found.resize_mode == "shortest" and height == width)
-        if not plain or found.interpolation not in _PIL_RESAMPLING:
+        whole = found.resize_mode == "longest" or (
+            found.resize_mode == "shortest" and height != width
+        )
+        if (whole and found.crop_pct != 1) or found.interpolation not in _PIL_RESAMPLING:
             raise VlkrError(
                 f"model {bundle.name!r} resizes its images in a way that no format has words for: "
                 f"{found.interpolation}, {found.resize_mode}, crop_pct {found.crop_pct}"
@@ -85,8 +87,10 @@ class Preprocessing:
             del cfg["crop_pct"]
             return evaluation_transform(cfg)
         mode = transforms.InterpolationMode(self.interpolation)
+        height, width = (math.floor(side / self.crop_pct) for side in self.size)
+        size = height if self.resize_mode == "shortest" else (height, width)
         steps = [
-            transforms.Resize(math.floor(self.size[0] / self.crop_pct), interpolation=mode),
+            transforms.Resize(size, interpolation=mode),
             transforms.CenterCrop(self.size),
             transforms.ToTensor(),
             transforms.Normalize(self.mean, self.std),

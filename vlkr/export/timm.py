@@ -57,7 +57,7 @@ def write(subject: Subject, folder: Path, dtype: torch.dtype) -> None:
         weight = subject.classifier.class_embeddings
     elif projection is not None:
         weight, bias = projection.weight, projection.bias
-    args = _arguments(subject, trunk)
+    args = _arguments(trunk)
     architecture = trunk.pretrained_cfg["architecture"]
     num_classes = trunk.num_classes if weight is None else len(weight)
     try:
@@ -120,15 +120,16 @@ def _tower(subject: Subject) -> tuple[Any, nn.Linear | None]:
     return trunk, layers[0]
 
 
-def _arguments(subject: Subject, trunk: Any) -> dict[str, Any]:
+def _arguments(trunk: Any) -> dict[str, Any]:
     """What distinguishes the model from timm's default of the same name."""
     args: dict[str, Any] = {}
     if isinstance(pool := getattr(trunk, "global_pool", None), str):
         args["global_pool"] = pool
     if isinstance(norm := getattr(trunk, "fc_norm", None), nn.Module):
         args["fc_norm"] = not isinstance(norm, nn.Identity)
-    if tuple(trunk.pretrained_cfg["input_size"][1:]) != subject.preprocessing.size:
-        args["img_size"] = list(subject.preprocessing.size)
+    size = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
+    if size is not None and tuple(size) != tuple(trunk.pretrained_cfg["input_size"][1:]):
+        args["img_size"] = list(size)
     return args
 
 

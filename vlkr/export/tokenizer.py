@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 
 from vlkr.files import write_text
-from vlkr.models.clip import ClipBundle, clip_bpe
+from vlkr.models.clip import ClipBundle, clip_bpe, save_tokenizer
 
 _hf: Any = transformers  # whose types differ from version to version
 _NAMES = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
@@ -40,10 +40,18 @@ def context_length(bundle: ClipBundle) -> int:
     return int(bundle.tokenizer([""]).shape[1])
 
 
-def write_tokenizer_json(bundle: ClipBundle, path: Path) -> None:
-    """Writes the ``tokenizers`` file whose ids are cut and filled up as open_clip's are."""
+def write_tokenizer(bundle: ClipBundle, folder: Path) -> None:
+    """Writes the tokenizer's own files, or CLIP's as ``tokenizer.json``.
+
+    The latter gives ids that are cut and filled up as open_clip's are.
+
+    Raises:
+        VlkrError: for a tokenizer that cannot be written.
+    """
+    if save_tokenizer(bundle, folder):
+        return
     tokenizer = clip_tokenizer(bundle).backend_tokenizer
     length = context_length(bundle)
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=0, pad_token="!")
-    write_text(path, tokenizer.to_str())
+    write_text(folder / "tokenizer.json", tokenizer.to_str())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from PIL import Image
@@ -45,13 +47,10 @@ def write(subject: Subject, folder: Path, dtype: torch.dtype) -> None:
     """Writes the three programs."""
     extra = {METADATA: json.dumps(graph_metadata(subject))}
     for name, program in trace(subject, dtype):
-        path = folder / f"{name}.pt2"
-        try:
-            torch.export.save(program, path, extra_files=extra)
-        except RuntimeError as error:
-            if "PytorchStreamWriter" not in str(error):
-                raise
-            raise VlkrError(f"cannot write {path}: the disk is full or failed") from error
+        # By way of memory, for torch's own writer does not tell a full disk from other trouble.
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer, extra_files=extra)
+        (folder / f"{name}.pt2").write_bytes(buffer.getbuffer())
 
 
 class TorchPredictor(Predictor):
@@ -66,7 +65,10 @@ class TorchPredictor(Predictor):
         self.transform = preprocessing.transform()
 
     def _program(self, name: str, extra: dict[str, Any] | None = None) -> nn.Module:
-        program = torch.export.load(self.folder / f"{name}.pt2", extra_files=extra)
+        path = self.folder / f"{name}.pt2"
+        if not is_zipfile(path):  # of which torch.export would say more than a line
+            raise VlkrError(f"{path} is missing or damaged: it is no zip archive")
+        program = torch.export.load(path, extra_files=extra)
         return move_to_device_pass(program, self.device).module()
 
     def preprocess(self, image: Image.Image) -> Tensor:

@@ -235,10 +235,16 @@ def save_open_clip_folder(bundle: ClipBundle, folder: Path, tensors: dict[str, T
     )
 
 
-def save_tokenizer(bundle: ClipBundle, folder: Path) -> None:
-    """Writes the tokenizer's files, unless it is the one that comes with open_clip."""
-    if isinstance(bundle.tokenizer, open_clip.tokenizer.HFTokenizer):
-        bundle.tokenizer.save_pretrained(folder)
+def save_tokenizer(bundle: ClipBundle, folder: Path) -> bool:
+    """Writes the tokenizer's files, unless it is the one that comes with open_clip.
+
+    Returns:
+        Whether there were files to write.
+    """
+    if not isinstance(bundle.tokenizer, open_clip.tokenizer.HFTokenizer):
+        return False
+    bundle.tokenizer.save_pretrained(folder)
+    return True
 
 
 def clip_bpe(bundle: ClipBundle) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -1,0 +1,176 @@
+"""Formats as the libraries that they are made for read them."""
+
+import pytest
+import timm
+import torch
+import transformers
+from helpers import tree
+from peft import PeftModel
+
+from vlkr.adapters import load_adapter, merge_adapters
+from vlkr.errors import VlkrError
+from vlkr.evaluation.runs import load_run
+from vlkr.export.exporter import export, load_export, load_subject
+from vlkr.models.clip import load_clip
+
+
+def merged(run):
+    bundle, _ = load_run(run)
+    merge_adapters(bundle.model)
+    return bundle
+
+
+@pytest.mark.parametrize(
+    "pool", [("", "linear", False), ("avg", "linear", True), ("token", None, False)]
+)
+def test_timm_tower_of_a_clip(pool, write_model, make_run, digit_images, tmp_path):
+    names = ("timm_pool", "timm_proj", "timm_proj_bias")
+    vision = {
+        "timm_model_name": "test_vit",
+        "image_size": 160,
+        **dict(zip(names, pool, strict=True)),
+    }
+    run = make_run(tmp_path / "run", write_model(tmp_path / "clip", vision_cfg=vision))
+    export(run, tmp_path / "out", format="timm")
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(model)
+    assert list(config["mean"]) == [0.5, 0.4, 0.3]
+    preprocess = timm.data.create_transform(**config)
+    plain = merged(run)
+    pixels = torch.stack([preprocess(image) for image in digit_images[:8]])
+    wanted = torch.stack([plain.preprocess(image) for image in digit_images[:8]])
+    assert torch.equal(pixels, wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels), plain.model.encode_image(pixels))
+    assert model.num_classes == 24
+
+
+ARCHITECTURES = {
+    "quick_gelu": (
+        {"quick_gelu": True, "vision_cfg": {"norm_kwargs": {"eps": 1e-3}, "mlp_ratio": 3.0}},
+        ("quick_gelu", "quick_gelu"),
+    ),
+    "tanh": (
+        {"text_cfg": {"act_kwargs": {"approximate": "tanh"}}, "resize_mode": "shortest"},
+        ("gelu", "gelu_pytorch_tanh"),
+    ),
+    "custom_text": ({"custom_text": True, "nonscalar_logit_scale": True}, ("gelu", "gelu")),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_transformers_of_other_architectures(name, write_model, make_run, digit_images, tmp_path):
+    changes, activations = ARCHITECTURES[name]
+    clip = write_model(tmp_path / "clip", **changes)
+    run = make_run(tmp_path / "run", clip, std=0.1)
+    export(run, tmp_path / "out", format="transformers")
+    model = transformers.CLIPModel.from_pretrained(tmp_path / "out")
+    config = model.config
+    assert (config.vision_config.hidden_act, config.text_config.hidden_act) == activations
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    images = [image.resize((20, 12)) for image in digit_images[:4]]
+    inputs = processor(
+        text=["a", "the digit two"], images=images, padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        found = model(**inputs)
+        plain = merged(run)
+        pixels = torch.stack([plain.preprocess(image) for image in images])
+        tokens = plain.tokenizer(["a", "the digit two"])
+        features = plain.model.encode_image(pixels, normalize=True)
+        texts = plain.model.encode_text(tokens, normalize=True)
+        wanted = plain.model.logit_scale.exp() * features @ texts.T
+    # The default processor resizes with torchvision, which may round a pixel the other way.
+    assert (inputs["pixel_values"] - pixels).abs().max() <= 1.01 / 255 / 0.2
+    torch.testing.assert_close(found.text_embeds, texts, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.logits_per_image, wanted, atol=0.05, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_cfg": {"layers": [1, 1, 1, 1], "width": 16}}, "image tower is a ModifiedResNet"),
+        ({"vision_cfg": {"attentional_pool": True}}, "pools by attention"),
+        ({"vision_cfg": {"pool_type": "avg"}}, "image tower pools 'avg', expected 'tok'"),
+        ({"vision_cfg": {"no_ln_pre": True}}, "vision_model.pre_layrnorm.weight"),
+        (
+            {"vision_cfg": {"ls_init_value": 0.1}},
+            "no place for visual.transformer.resblocks.0.ls_1",
+        ),
+        ({"vision_cfg": {"qk_norm": True}}, "has blocks CustomResidualAttentionBlock"),
+        ({"text_cfg": {"pool_type": "last"}}, "text tower pools 'last', expected 'argmax'"),
+        ({"text_cfg": {"no_causal_mask": True}}, "text tower is not causal"),
+        ({"text_cfg": {"proj_bias": True}}, "no place for text_projection.weight"),
+        ({"init_logit_bias": -10.0}, "no place for logit_bias"),
+        ({"text_cfg": {"tokenizer_kwargs": {"clean": "whitespace"}}}, "CLIP's own tokenizer"),
+        ({"resize_mode": "longest"}, "no resize mode 'longest'"),
+    ],
+)
+def test_transformers_refuses_what_it_cannot_hold(
+    changes, message, write_model, make_run, tmp_path
+):
+    run = make_run(tmp_path / "run", write_model(tmp_path / "clip", **changes))
+    with pytest.raises(VlkrError) as raised:
+        export(run, tmp_path / "out", format="transformers")
+    assert message in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("targets", "options", "alpha"),
+    [
+        (("q", "k", "v", "out", "fc1", "fc2"), {"rank": 4, "alpha": 2.0}, 1.0),
+        (("qkv", "fc1"), {"rank": 3, "use_rslora": True}, 0.5),
+    ],
+)
+def test_lora_for_peft(targets, options, alpha, small, make_run, tmp_path):
+    run = make_run(tmp_path / "run", small, adapter="lora", std=0.2, targets=targets, **options)
+    export(run, tmp_path / "base", format="transformers", alpha=0)
+    export(run, tmp_path / "out", format="adapter", alpha=alpha)
+    pixels, tokens = torch.randn(4, 3, 16, 16), load_clip(small).tokenizer(["red", "a blue one"])
+    plain = load_subject(run, alpha)[0].plain
+    base = transformers.CLIPModel.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        before = base(pixel_values=pixels, input_ids=tokens)
+        found = PeftModel.from_pretrained(base, tmp_path / "out").eval()(
+            pixel_values=pixels, input_ids=tokens
+        )
+        wanted = {
+            "image_embeds": plain.encode_image(pixels, normalize=True),
+            "text_embeds": plain.encode_text(tokens, normalize=True),
+        }
+        for name, features in wanted.items():
+            torch.testing.assert_close(found[name], features, atol=1e-5, rtol=1e-4)
+            assert (before[name] - features).abs().max() > 0.01
+        bundle = load_clip(small)
+        load_adapter(bundle.model, tmp_path / "out")
+        features = bundle.model.encode_image(pixels, normalize=True)
+        torch.testing.assert_close(features, wanted["image_embeds"], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "message"),
+    [
+        ("timm", "small", "image tower of 'local-dir:.*' is a VisionTransformer and no timm model"),
+        ("open_clip", "vit", "model 'timm:test_vit' has no text tower, and format open_clip holds"),
+        ("transformers", "vit", "has no text tower, and format transformers holds image-text"),
+    ],
+)
+def test_a_model_that_a_format_cannot_hold(name, model, message, run, vit_run, tmp_path):
+    with pytest.raises(VlkrError, match=message):
+        export(run if model == "small" else vit_run, tmp_path / "out", format=name)
+    assert tree(tmp_path) == {}
+
+
+def test_timm_refuses_more_than_a_linear_head(write_model, make_run, tmp_path):
+    vision = {"timm_model_name": "test_vit", "timm_proj": "mlp", "image_size": 160}
+    run = make_run(tmp_path / "run", write_model(tmp_path / "clip", vision_cfg=vision))
+    with pytest.raises(VlkrError, match="ends in Mlp, and timm's head holds one linear layer"):
+        export(run, tmp_path / "out", format="timm")
+
+
+def test_vit_without_text_as_adapter(vit_run, tmp_path):
+    found = export(vit_run, tmp_path / "out", format="adapter").parity
+    assert found.min_text_cosine is None
+    assert load_export(tmp_path / "out").classifier.class_names[:2] == ("zero", "one")
