@@ -201,6 +201,16 @@ def test_a_key_that_comes_again(tmp_path):
     ]
 
 
+def test_keys_that_come_again_among_many(tmp_path):
+    keys = [f"k{i}" for i in range(1000)]
+    again = keys[::7]
+    (tmp_path / "d" / "train").mkdir(parents=True)
+    write_tar(tmp_path / "d" / "train" / "0.tar", [(k, b"1", 0) for k in [*keys, *again, "new"]])
+    samples, bad = collect(source(tmp_path / "d"))
+    assert [s.key for s in samples] == [*keys, "new"]
+    assert [error.key for error in bad] == again
+
+
 def entry(name, kind, **values):
     found = tarfile.TarInfo(name)
     found.type = kind

@@ -1,10 +1,21 @@
-"""Datasets: where images and labels come from, few-shot splits, and batches."""
+"""Datasets: where images and labels come from, few-shot splits, and batches.
 
-from vlkr.datasets.datamodule import DataOptions, FewShotDataModule
+``FewShotDataModule`` is imported at its first use, for it imports Lightning.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from vlkr.datasets.few_shot import FewShotSplit, few_shot_split
+from vlkr.datasets.options import DataOptions
 from vlkr.datasets.registry import Dataset, load_dataset
 from vlkr.datasets.shards import ShardSource
 from vlkr.datasets.sources import FileSource, Sample, Source
+
+if TYPE_CHECKING:
+    from vlkr.datasets.datamodule import FewShotDataModule
 
 __all__ = [
     "DataOptions",
@@ -18,3 +29,9 @@ __all__ = [
     "few_shot_split",
     "load_dataset",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FewShotDataModule":
+        return importlib.import_module("vlkr.datasets.datamodule").FewShotDataModule
+    raise AttributeError(f"module 'vlkr.datasets' has no attribute {name!r}")

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from vlkr.adapters import load_adapter, save_adapter, set_adapter_scale
 from vlkr.adapters.inject import hosts
-from vlkr.datasets import DataOptions, Dataset, FewShotDataModule, load_dataset
+from vlkr.datasets import DataOptions, Dataset, load_dataset
 from vlkr.datasets.streaming import PickedSource
 from vlkr.datasets.transforms import to_tensor
 from vlkr.errors import VlkrError
@@ -165,6 +165,8 @@ def run_validation(config: dict[str, Any], templates: Sequence[str] | None) -> D
     Returns:
         None if there are none, for the classes have no more images than were trained on.
     """
+    from vlkr.datasets import FewShotDataModule  # imports Lightning, which takes seconds
+
     dataset, options = run_dataset(config), run_options(config)
     # Only which images were drawn is asked for, so the transforms are never called.
     data = FewShotDataModule(dataset, options, config["seed"], to_tensor, to_tensor)
