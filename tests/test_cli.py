@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -265,6 +266,25 @@ def test_exit_status(call, monkeypatch, capsys, error, status, message):
     monkeypatch.setattr(sys.modules[__name__], "echo", fail)
     assert main(["echo", "--output", "x"]) == status
     assert capsys.readouterr() == ("", f"{message}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_that_an_import_takes_for_its_own_failure(
+    call, monkeypatch, capsys, number
+):
+    """As matplotlib's and other extension modules do."""
+
+    def load(output: Path) -> Echo:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None
+
+    monkeypatch.setattr(sys.modules[__name__], "echo", load)
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert main(["echo", "--output", "x"]) == 130
+    assert capsys.readouterr() == ("", "vlkr: interrupted\n")
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_bug_is_not_hidden(call, monkeypatch):

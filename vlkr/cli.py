@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from argparse import HelpFormatter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple, TextIO
 
 from vlkr.errors import VlkrError
@@ -147,15 +149,32 @@ def _help() -> str:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Lets SIGTERM end a command as Ctrl-C does, cleanly and with a line."""
+    """Lets SIGTERM end a command as Ctrl-C does, cleanly and with a line.
+
+    Whatever is raised after such a signal counts as KeyboardInterrupt: an extension module that it
+    meets while it is imported raises ImportError in its place.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    received = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    handlers = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and is not ignored
+        handlers[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
+    except Exception as error:
+        if received:
+            raise KeyboardInterrupt from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _fail(message: str) -> int:
@@ -219,7 +238,8 @@ def _run(name: str, arguments: list[str]) -> int:
     if as_json:
         print(json.dumps(result.to_json(), indent=2))
     else:
-        result.show(Console())
+        # As wide as the terminal, as $COLUMNS, or in a file as tables need.
+        result.show(Console(width=shutil.get_terminal_size((160, 24)).columns))
     return int(getattr(result, "exit_code", 0))
 
 
