@@ -11,7 +11,7 @@ def result(name):
     return DatasetResult(name, "test", 10, "card (3)", {"ece": 0.1}, reliability=bins)
 
 
-@pytest.mark.parametrize(("number", "rows"), [(1, 1), (4, 1), (5, 2)])
+@pytest.mark.parametrize(("number", "rows"), [(1, 1), (4, 1), (5, 2), (200, 6)])
 def test_reliability_diagrams_stand_in_a_grid_of_four(number, rows, tmp_path):
     plot_reliability([result(f"d{i}") for i in range(number)], tmp_path / "r.png")
     with Image.open(tmp_path / "r.png") as figure:

@@ -16,19 +16,27 @@ if TYPE_CHECKING:
     from vlkr.evaluation.interpolation import Interpolation
     from vlkr.evaluation.report import DatasetResult
 
+_PANELS = 24
+"""Diagrams in a picture; of hundreds it would take minutes, and a screen shows no more."""
 _BLUE, _ORANGE, _GRAY = "#1b6ca8", "#e08a1e", "#9a9a9a"
 
 
 def plot_reliability(results: Sequence[DatasetResult], path: Path) -> None:
-    """A reliability diagram a dataset: accuracy over confidence, and where the images lie."""
-    columns = min(4, len(results))
-    rows = math.ceil(len(results) / columns)
+    """A reliability diagram a dataset: accuracy over confidence, and where the images lie.
+
+    Of more than 24 datasets the first 24 are shown, and said to be.
+    """
+    shown = results[:_PANELS]
+    columns = min(4, len(shown))
+    rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(2.9 * columns + 0.6, 2.9 * rows + 0.5), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
-    for axes, result in zip(grid, results, strict=False):
+    for axes, result in zip(grid, shown, strict=False):
         _reliability_axes(axes, result)
-    for axes in grid[len(results) :]:
+    for axes in grid[len(shown) :]:
         axes.set_visible(False)
+    if len(shown) < len(results):
+        figure.suptitle(f"the first {len(shown)} of {len(results)}", fontsize=10)
     figure.supxlabel("confidence (grey: share of the images)", fontsize=10)
     figure.supylabel("accuracy", fontsize=10)
     save_figure(figure, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +46,14 @@ def class_embeddings(model: nn.Module, prompts: Tensor, chunk: int | None = None
     """
     if chunk is None:
         return F.normalize(_mean_features(model, prompts, chunk), dim=-1)
-    distinct, index = prompts.unique(dim=0, return_inverse=True)
-    classes = max(1, chunk // prompts.shape[1])
-    means = [_mean_features(model, part, chunk) for part in distinct.split(classes)]
-    return F.normalize(torch.cat(means)[index], dim=-1)
+    # By digest, in an order that does not depend on that of the classes: unique() of all prompts
+    # would copy them several times.
+    digests = [blake2b(row.numpy()).digest() for row in prompts.cpu().flatten(1)]
+    rows = dict(sorted((digest, i) for i, digest in enumerate(digests)))
+    parts = torch.tensor(list(rows.values())).split(max(1, chunk // prompts.shape[1]))
+    means = torch.cat([_mean_features(model, prompts[part], chunk) for part in parts])
+    places = {digest: place for place, digest in enumerate(rows)}
+    return F.normalize(means[[places[digest] for digest in digests]], dim=-1)
 
 
 def _mean_features(model: nn.Module, prompts: Tensor, chunk: int | None) -> Tensor:
