@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 import yaml
-from helpers import ROOT, write_images
+from helpers import ROOT, write_images, write_shards
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
@@ -164,6 +164,13 @@ def test_bad_images_are_left_out_up_to_a_number(small, tmp_path):
         evaluate_bundle(bundle, [dataset], max_bad=1)
     with pytest.warns(UserWarning, match="2 bad samples were skipped"):
         assert evaluate_bundle(bundle, [dataset], max_bad=2).home.images == 7
+
+
+def test_a_key_in_two_tars_is_told(small, tmp_path):
+    shards = write_shards(tmp_path / "d", per_class=2) / "test"
+    (shards / "1.tar").write_bytes((shards / "0.tar").read_bytes())
+    with pytest.raises(VlkrError, match="'d' has the key 's0_0' 2 times in its split 'test'"):
+        evaluate_bundle(load_clip(small), [load_dataset(tmp_path / "d")])
 
 
 def test_missing_samples_of_a_card_are_told(small):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -206,8 +207,8 @@ def _write_predictions(evaluation: Evaluation, path: Path) -> None:
         )
         tensors[f"{result.dataset}.confidence"] = torch.tensor(predictions.confidence)
         keys[result.dataset] = blake2b("\n".join(predictions.keys).encode()).hexdigest()
-    with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata=keys)
+    with atomic_file(path) as temporary:  # one entry, for the order of several is random
+        save_file(tensors, temporary, metadata={"keys": json.dumps(keys)})
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

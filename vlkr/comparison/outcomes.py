@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -73,7 +74,7 @@ class Result:
             columns = [
                 file.get_tensor(f"{name}.{c}") for c in ("labels", "predicted", "confidence")
             ]
-            return Said((file.metadata() or {})[name], *columns)
+            return Said(json.loads((file.metadata() or {})["keys"])[name], *columns)
 
 
 @dataclass

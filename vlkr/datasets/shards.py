@@ -56,9 +56,10 @@ class ShardSource:
 
     A sample raises :class:`SampleError` if its image or label is missing or too large, the label is
     out of range, the domain is not one of ``domains``, or its key or one of its fields came before;
-    across tars that is seen when one process reads them all. The whole shard is refused if it is
-    truncated, damaged, compressed, lacks its end mark or has something behind that; or if it holds
-    links, devices, sparse files, or names that are absolute or have ``..``.
+    across tars that is seen when one process reads them all, and in any case at the end of an
+    evaluation. The whole shard is refused if it is truncated, damaged, compressed, lacks its end
+    mark or has something behind that; or if it holds links, devices, sparse files, or names that
+    are absolute or have ``..``.
 
     Attributes:
         root: where the tars lie.

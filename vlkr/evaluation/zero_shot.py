@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -114,6 +115,7 @@ def evaluate_bundle(
                     f"dataset {dataset.name!r} has {len(found) or 'no'} images in its split "
                     f"{split!r}, expected {expected or 'some'}"
                 )
+            _check_keys(dataset, split, found)
             return found
 
         said = [predictions(dataset, dataset) for dataset in datasets]
@@ -137,6 +139,16 @@ def evaluate_bundle(
             for dataset, found in zip(unknown, strange, strict=True)
         )
     return Evaluation(results, context)
+
+
+def _check_keys(dataset: Dataset, split: str, found: Predictions) -> None:
+    """That none comes twice, which readers of some tars each cannot see."""
+    if len(set(found.keys)) < len(found):
+        key, times = Counter(found.keys).most_common(1)[0]
+        raise VlkrError(
+            f"dataset {dataset.name!r} has the key {key!r} {times} times in its split {split!r}; "
+            "vlkr data verify lists what is wrong"
+        )
 
 
 def dataset_embeddings(subject: Measured, dataset: Dataset, *, cache: bool) -> Tensor:
