@@ -103,7 +103,9 @@ def make_run():
 def write_model():
     """Writes an open_clip folder of a small model that is changed in some entries."""
 
-    def write_model(folder, resize_mode="squash", vision_cfg=None, text_cfg=None, **changes):
+    def write_model(
+        folder, resize_mode="squash", fill_color=None, vision_cfg=None, text_cfg=None, **changes
+    ):
         vision = MODEL["vision_cfg"] if "timm_model_name" not in (vision_cfg or {}) else {}
         config = {
             "embed_dim": 24,
@@ -112,11 +114,12 @@ def write_model():
             **changes,
         }
         preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic"}
+        preprocess["resize_mode"] = resize_mode
+        if fill_color is not None:
+            preprocess["fill_color"] = fill_color
         folder.mkdir(parents=True)
         (folder / "open_clip_config.json").write_text(
-            json.dumps(
-                {"model_cfg": config, "preprocess_cfg": preprocess | {"resize_mode": resize_mode}}
-            )
+            json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
         )
         cls = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
         torch.manual_seed(0)

@@ -1,16 +1,21 @@
 """Formats as the libraries that they are made for read them."""
 
+import json
+
+import open_clip
 import pytest
 import timm
 import torch
 import transformers
 from helpers import tree
 from peft import PeftModel
+from PIL import Image
 
 from vlkr.adapters import load_adapter, merge_adapters
 from vlkr.errors import VlkrError
 from vlkr.evaluation.runs import load_run
 from vlkr.export.exporter import export, load_export, load_subject
+from vlkr.export.preprocessing import Preprocessing
 from vlkr.models.clip import load_clip
 
 
@@ -174,3 +179,19 @@ def test_vit_without_text_as_adapter(vit_run, tmp_path):
     found = export(vit_run, tmp_path / "out", format="adapter").parity
     assert found.min_text_cosine is None
     assert load_export(tmp_path / "out").classifier.class_names[:2] == ("zero", "one")
+
+
+@pytest.mark.parametrize("name", ["open_clip", "onnx"])
+def test_colour_of_the_padding(name, write_model, make_run, tmp_path):
+    clip = write_model(tmp_path / "clip", resize_mode="longest", fill_color=200)
+    export(make_run(tmp_path / "run", clip), tmp_path / "out", format=name)
+    if name == "open_clip":
+        folder = f"local-dir:{tmp_path / 'out'}"
+        transform = open_clip.create_model_and_transforms(folder)[2]
+    else:
+        manifest = json.loads((tmp_path / "out" / "vlkr_export.json").read_text())
+        transform = Preprocessing.from_json(manifest["preprocessing"]).transform()
+    own = open_clip.create_model_and_transforms(clip)[2]
+    image = Image.new("RGB", (30, 10), (255, 0, 0))
+    assert torch.equal(transform(image), own(image))
+    assert len(own(image).unique()) > 3

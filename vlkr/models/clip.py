@@ -223,10 +223,11 @@ def save_open_clip_folder(bundle: ClipBundle, folder: Path, tensors: dict[str, T
         folder: an existing folder.
         tensors: the state dict, by open_clip's keys.
     """
-    keys = ("mean", "std", "interpolation", "resize_mode")
+    cfg = bundle.preprocess_cfg
+    keys = ("mean", "std", "interpolation", "resize_mode", "fill_color")
     config = {
         "model_cfg": bundle.model_cfg,
-        "preprocess_cfg": {key: bundle.preprocess_cfg[key] for key in keys},
+        "preprocess_cfg": {key: cfg[key] for key in keys if key in cfg},
     }
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
