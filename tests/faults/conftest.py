@@ -8,8 +8,9 @@ from faults.processes import Server
 from helpers import write_clip, write_images
 from hypothesis import HealthCheck, Phase, settings
 
-_KEY = "drill"
+_CASES, _FIGURES = "drill", "drill's figures"
 _totals: Counter = Counter()
+_figures: list[str] = []
 
 
 def pytest_addoption(parser):
@@ -48,6 +49,7 @@ class Case:
 
     def __init__(self):
         self.counts = Counter()
+        self.figures = []
 
     @contextmanager
     def __call__(self, category):
@@ -60,6 +62,10 @@ class Case:
             raise
         self.counts[category, "survived"] += 1
 
+    def figure(self, text):
+        """Tells what was measured, below the table."""
+        self.figures.append(text)
+
 
 @pytest.fixture
 def case(request):
@@ -67,7 +73,7 @@ def case(request):
     counted = Case()
     yield counted
     found = [[*key, number] for key, number in counted.counts.items()]
-    request.node.user_properties.append((_KEY, found))
+    request.node.user_properties += [(_CASES, found), (_FIGURES, counted.figures)]
     assert found, "this test of the drill has counted no case"
 
 
@@ -75,9 +81,11 @@ def case(request):
 def pytest_runtest_logreport(report):
     if report.when == "teardown":
         for name, found in report.user_properties:
-            if name == _KEY:
+            if name == _CASES:
                 for category, what, number in found:
                     _totals[category, what] += number
+            elif name == _FIGURES:
+                _figures.extend(found)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -94,6 +102,8 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line("|---|---:|---:|---:|")
     for row in rows:
         terminalreporter.write_line("| {} | {} | {} | {} |".format(*row))
+    for text in _figures:
+        terminalreporter.write_line(f"- {text}")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ PRELOADED = (
     "tensorboard.summary.writer",
     "vlkr.cli",
     "vlkr.comparison.compare",
+    "vlkr.comparison.dg",
+    "vlkr.comparison.transfer",
     "vlkr.datasets.pack",
     "vlkr.export.exporter",
     "vlkr.training.adapt",

@@ -24,13 +24,16 @@ def killed_until_done(server, arguments, folder, number, moments, seconds):
             ended = server.kill_after(moments.uniform(0, seconds), number, arguments, stderr)
         if ended.code == 0:
             return
-        if number != signal.SIGKILL and ended.code != 2:
+        if i and ended.code == 2:  # it was killed behind its last step
+            assert "exists already" in ended.stderr
+            return
+        if number == signal.SIGKILL:
+            assert ended.code == -number, ended.stderr
+        else:
             assert ended.code == 130, ended.stderr
             assert ended.seconds < 10
             line = ended.stderr.strip().splitlines()[-1]
             assert line.startswith("vlkr: interrupted")
-        else:
-            assert ended.code == -number, ended.stderr
 
 
 @pytest.fixture(scope="module")
@@ -116,32 +119,71 @@ def cells(output):
     return found
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-def test_compare(server, small, colors, tmp_path, case, is_long, number):
-    def arguments(output):
+@pytest.fixture(scope="module")
+def grids(colors, tmp_path_factory):
+    """What each command that makes a grid is told beside the options that all share."""
+    root = tmp_path_factory.mktemp("grids")
+    more_colors = write_images(root / "more", per_class=16)
+    for d, name in enumerate(("one", "three", "two")):
+        write_images(root / "domains" / name, per_class=8 + d)
+    more = {"seeds": "[1]", "methods": "[zero-shot, kradapter]"}
+    return {
+        "compare": {
+            "data.root": colors,
+            "seeds": "[1, 2]",
+            "methods": "[zero-shot, kradapter, lora]",
+            "shots": "[2]",
+        },
+        "transfer": {"data.root": colors, "datasets": f"[{more_colors}]", "data.shots": 2, **more},
+        "dg": {"data.root": root / "domains", "data.shots": 2, **more},
+    }
+
+
+@pytest.fixture(scope="module")
+def grid(server, grids, small, tmp_path_factory):
+    """Arguments of a grid by command and folder, and what an unbroken one finds in what time."""
+    unbroken = {}
+
+    def arguments(command, output):
         options = {
             "model": small,
             "output": output,
-            "methods": "[zero-shot, kradapter, lora]",
-            "seeds": "[1, 2]",
-            "shots": "[2]",
-            "data.root": colors,
             "data.batch-size": 8,
             "data.min-steps-per-epoch": 3,
             "trainer.epochs": 2,
             "trainer.accelerator": "cpu",
             "trainer.progress": "false",
         }
-        return ["compare", *(f"--{key}={value}" for key, value in options.items())]
+        return [command, *(f"--{k}={v}" for k, v in (options | grids[command]).items())]
 
-    ended = server.run(arguments(tmp_path / "whole"), tmp_path / "stderr")
-    assert ended.code == 0, ended.stderr
-    whole = cells(tmp_path / "whole")
-    assert len(whole) >= 5
-    moments = random.Random(int(number))
-    for i in range(7 if is_long else 1):
-        with case("kill and resume: compare"):
+    def whole(command):
+        if command not in unbroken:
+            folder = tmp_path_factory.mktemp(command)
+            ended = server.run(arguments(command, folder / "out"), folder / "stderr")
+            assert ended.code == 0, ended.stderr
+            unbroken[command] = cells(folder / "out"), ended.seconds
+        return unbroken[command]
+
+    return arguments, whole
+
+
+GRIDS = [
+    *(("compare", number, 1, 7) for number in SIGNALS),
+    *((command, number, 1, 5) for command in ("transfer", "dg") for number in SIGNALS[:2]),
+]
+
+
+@pytest.mark.parametrize(("command", "number", "short", "long"), GRIDS)
+def test_grids(server, grid, tmp_path, case, is_long, command, number, short, long):
+    arguments, unbroken = grid
+    whole, seconds = unbroken(command)
+    assert sum(name.endswith("adapter_model.safetensors") for name in whole) >= 1
+    moments = random.Random(f"{command}{int(number)}")
+    for i in range(long if is_long else short):
+        with case(f"kill and resume: {command}"):
             output = tmp_path / f"run{i}"
-            killed_until_done(server, arguments(output), tmp_path, number, moments, ended.seconds)
+            killed_until_done(
+                server, arguments(command, output), tmp_path, number, moments, seconds
+            )
             assert cells(output) == whole
             assert (output / "results.csv").is_file()
