@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import signal
@@ -58,6 +59,20 @@ def test_imports_nothing_heavy(arguments):
         "print(*sorted({'torch', 'lightning', 'open_clip', 'jsonargparse'} & set(sys.modules)))"
     )
     assert vlkr("-c", code, *arguments, check=True).stdout.splitlines()[-1] == ""
+
+
+@pytest.mark.parametrize("asked", [[], ["-h"], ["--help"]])
+def test_a_group_of_commands_has_its_help(asked, capsys):
+    assert main(["data", *asked]) == 0
+    text = capsys.readouterr().out
+    listed = {line.partition("  ")[0] for line in text.replace("\n  ", "\n").splitlines()}
+    assert listed & set(cli.COMMANDS) == {"data pack", "data verify", "data info", "data list"}
+
+
+def test_an_unknown_command_of_a_group_is_named_in_full(capsys):
+    assert main(["data", "pakc", "--help"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("vlkr: error: unknown command 'data pakc'; known: data pack,")
 
 
 def test_version():
@@ -285,6 +300,27 @@ def test_an_interruption_that_an_import_takes_for_its_own_failure(
     assert main(["echo", "--output", "x"]) == 130
     assert capsys.readouterr() == ("", "vlkr: interrupted\n")
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_what_an_interruption_leaves_half_built_is_silent(call, monkeypatch, capsys):
+    """As a loader whose workers are just being started."""
+    heard = []
+
+    class HalfBuilt:
+        def __del__(self):
+            raise AttributeError("no attribute '_workers_status'")
+
+    def load(output: Path) -> Echo:
+        left = HalfBuilt()
+        left.itself = left
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules[__name__], "echo", load)
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    assert main(["echo", "--output", "x"]) == 130
+    gc.collect()
+    assert not heard
+    assert capsys.readouterr() == ("", "vlkr: interrupted\n")
 
 
 def test_a_bug_is_not_hidden(call, monkeypatch):

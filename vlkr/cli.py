@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from argparse import HelpFormatter
 from collections.abc import Collection, Iterator, Sequence
@@ -115,7 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, rest = " ".join(arguments[:words]), arguments[words:]
     if name not in COMMANDS:
         kin = [known for known in COMMANDS if known.startswith(f"{name} ")]
-        return _fail(f"unknown command {name!r}; known: {', '.join(kin or COMMANDS)}")
+        if kin and rest in ([], ["-h"], ["--help"]):
+            print(_help(name))
+            return 0
+        unknown = " ".join(arguments[:2]) if kin else name
+        return _fail(f"unknown command {unknown!r}; known: {', '.join(kin or COMMANDS)}")
     try:
         with warnings.catch_warnings(), _terminable():
             warnings.showwarning = _show_warning
@@ -124,22 +130,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A data loader's worker puts its traceback in front of the message.
         return _fail(re.split(r"\bvlkr\.[\w.]*Error: ", str(error))[-1])
     except KeyboardInterrupt as error:
+        _let_go(error)
         print(f"vlkr: interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         return 130
 
 
-def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+def _let_go(error: BaseException) -> None:
+    """Drops what an interruption left half-built; finalizers, such as a loader's, complain then."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        link: BaseException | None = error
+        while link is not None:
+            traceback.clear_frames(link.__traceback__)
+            link = link.__context__
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
+
+
+def _help(group: str | None = None) -> str:
+    """The help of the program, or of the commands whose names begin with a word, such as data."""
+    commands = {
+        name: command
+        for name, command in COMMANDS.items()
+        if group is None or name.startswith(f"{group} ")
+    }
+    width = max(map(len, commands))
+    about = [
+        "Adapt CLIP to a few labelled images per class, measure it at home and under domain",
+        "shift, and export the result as a plain encoder.",
+        "",
+    ]
     return "\n".join(
         [
-            "usage: vlkr COMMAND [options]",
+            f"usage: vlkr {f'{group} ' if group else ''}COMMAND [options]",
             "",
-            "Adapt CLIP to a few labelled images per class, measure it at home and under domain",
-            "shift, and export the result as a plain encoder.",
-            "",
+            *([] if group else about),
             "commands:",
-            *lines,
+            *(f"  {name:<{width}}  {command.summary}" for name, command in commands.items()),
             "",
             "vlkr COMMAND --help lists a command's options. --config FILE reads them from YAML,",
             "dotted options behind it override; --json prints the result as JSON. vlkr --version",
