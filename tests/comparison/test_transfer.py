@@ -82,6 +82,9 @@ def test_runs_are_measured_as_they_are(options, colors, others, tmp_path):
         plain = evaluate(run=folder, datasets=[str(colors), *others], device="cpu")
         expected = [result.metrics["acc1"] for result in plain.results]
         assert [outcome.values(n)[i] for n in ("colors", "more", "two")] == expected
+        saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+        numbers = [report.tables[0].rows[0].index(outcome.entry.method), f"{count(saved):,}"]
+        assert report.tables[0].rows[1][numbers[0]] == numbers[1]
     assert "kradapter" in report.tables[0].rows[0]
     assert "budget" not in report.context
 
