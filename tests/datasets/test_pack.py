@@ -356,6 +356,26 @@ def check_kills(tmp_path, kills):
         assert tree(tmp_path / f"broken-{number}") == tree(tmp_path / "whole")
 
 
+def test_interrupted_behind_the_first_shard_it_goes_on(tmp_path, monkeypatch):
+    """Before that shard is noted, and by workers the folder alone would not tell whose it is."""
+    root = write_images(tmp_path / "source")
+    pack(str(root), tmp_path / "whole", samples_per_shard=5)
+    dest, write_json = tmp_path / "dest", pack_module.write_json
+
+    def interrupted(path, value):
+        if list(dest.rglob("*.tar")):
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module, "write_json", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pack(str(root), dest, samples_per_shard=5)
+    assert len(list(dest.rglob("*.tar"))) == 1
+    pack(str(root), dest, samples_per_shard=5)
+    assert tree(dest) == tree(tmp_path / "whole")
+
+
 def test_killed_packing_goes_on_to_the_same_bytes(tmp_path):
     check_kills(tmp_path, 3)
 

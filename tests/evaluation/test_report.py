@@ -131,6 +131,17 @@ def test_markdown_of_domains_and_confusions():
         assert line in page
 
 
+def test_the_terminal_shows_domains_and_what_was_asked_for(capsys):
+    Evaluation([detailed()]).show(Console(width=80))
+    lines = capsys.readouterr().out.splitlines()
+    for label, value in (
+        ("AUROC known against unknown %", "75.0"),
+        ("worst domain, top-1 %", "30.0"),
+        ("art (6 images), top-1 %", "60.0"),
+    ):
+        assert [line for line in lines if label in line and value in line]
+
+
 def test_json_has_clip_benchmarks_fields():
     value = json.loads(json.dumps(EVALUATION.to_json()))
     assert value["shots"] == 16

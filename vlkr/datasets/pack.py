@@ -136,13 +136,18 @@ def pack(
         task = progress.add_task("writing shards", total=len(jobs), completed=kept)
         writer = _Writer(dest, plans, resize)
         unread = len(bad)
+
+        def note() -> None:
+            write_json(dest / _PARTIAL, {"digest": digest.hexdigest(), "shards": finished})
+
+        note()  # ahead of the first shard, or a folder with that alone would not be ours
         for name, entry in parallel_map(writer, runs(left, num_workers), num_workers):
             finished[name] = entry
             bad[unread:] = [
                 line for job in jobs for line in finished.get(job.name, {}).get("bad", ())
             ]
             _check_bad(bad, max_bad)
-            write_json(dest / _PARTIAL, {"digest": digest.hexdigest(), "shards": finished})
+            note()
             progress.advance(task)
     manifest = _finish(dest, dataset, jobs, finished, resize)
     return PackResult(dest, manifest, kept, bad)

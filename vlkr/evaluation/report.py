@@ -95,6 +95,8 @@ class Evaluation:
     def show(self, console: Console) -> None:
         """Prints the table and its context."""
         console.print(rich_table(evaluation_rows(self), title(self)))
+        for rows in _more_rows(self):
+            console.print(rich_table(rows, ""))
         console.print(caption(self), style="dim", highlight=False, markup=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -226,12 +228,9 @@ def markdown_text(text: str) -> str:
     return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("[", "\\[")
 
 
-def evaluation_markdown(evaluation: Evaluation) -> str:
-    """Tables and context as a Markdown page."""
-    parts = [
-        f"# {markdown_text(title(evaluation))}\n\n{markdown_table(evaluation_rows(evaluation))}",
-        f"{markdown_text(caption(evaluation))}.\n",
-    ]
+def _more_rows(evaluation: Evaluation) -> list[list[list[str]]]:
+    """A table for each dataset that has domains, or metrics that not every dataset has."""
+    tables = []
     for r in evaluation.results:
         more = [(MORE_METRICS[m], r.metrics[m]) for m in MORE_METRICS if m in r.metrics]
         rows = [["", r.dataset], *([label, cell("", value)] for label, value in more)]
@@ -240,7 +239,17 @@ def evaluation_markdown(evaluation: Evaluation) -> str:
             for name, d in r.domains.items()
         ]
         if len(rows) > 1:
-            parts.append(markdown_table(rows))
+            tables.append(rows)
+    return tables
+
+
+def evaluation_markdown(evaluation: Evaluation) -> str:
+    """Tables and context as a Markdown page."""
+    parts = [
+        f"# {markdown_text(title(evaluation))}\n\n{markdown_table(evaluation_rows(evaluation))}",
+        f"{markdown_text(caption(evaluation))}.\n",
+    ]
+    parts += map(markdown_table, _more_rows(evaluation))
     confused = [
         [r.dataset, pair.label, pair.predicted, str(pair.images), cell("", pair.fraction)]
         for r in evaluation.results
