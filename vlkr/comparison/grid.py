@@ -96,12 +96,14 @@ class GridOptions:
         """Raises :class:`VlkrError` for an option that does not make sense."""
         for name, numbers in (("seeds", self.seeds), ("lrs", self.lrs), ("epochs", self.epochs)):
             if numbers is not None and (not numbers or len(set(numbers)) < len(numbers)):
-                raise VlkrError(f"{name} {numbers} is empty or repeats itself")
+                raise VlkrError(
+                    f"{name} {numbers} is empty or repeats itself, expected different numbers"
+                )
         for seed in self.seeds:
             if not 0 <= seed < 2**32:
                 raise VlkrError(f"seed {seed} is out of range, expected 0 to {2**32 - 1}")
         if self.jobs < 0:
-            raise VlkrError(f"jobs {self.jobs} is negative")
+            raise VlkrError(f"jobs {self.jobs} is negative, expected 0 or more")
         if self.steps_per_shot is not None and self.steps_per_shot < 1:
             raise VlkrError(
                 f"steps_per_shot {self.steps_per_shot} is too small, expected 1 or more"

@@ -60,8 +60,9 @@ class PackResult:
         for split, content in self.manifest["splits"].items():
             shards = content["shards"]
             size = sum(shard["bytes"] for shard in shards) / 1e6
+            number = f"{len(shards)} shard{'s' * (len(shards) != 1)}"
             console.print(
-                f"{split}: {content['samples']:,} images in {len(shards)} shards, {size:,.1f} MB",
+                f"{split}: {content['samples']:,} images in {number}, {size:,.1f} MB",
                 highlight=False,
             )
         for line in self.bad:

@@ -39,7 +39,7 @@ def parallel_map(function: Callable[[J], R], jobs: Sequence[J], num_workers: int
         num_workers: processes; 0 works in this one.
     """
     if num_workers < 0:
-        raise VlkrError(f"number of workers {num_workers} is negative")
+        raise VlkrError(f"number of workers {num_workers} is negative, expected 0 or more")
     loader = DataLoader[Any](
         _Jobs(function, jobs),
         batch_size=None,

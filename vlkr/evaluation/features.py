@@ -166,7 +166,7 @@ def feature_batches(
     if batch_size < 1:
         raise VlkrError(f"batch size {batch_size} is too small, expected at least 1")
     if num_workers < 0:
-        raise VlkrError(f"number of workers {num_workers} is negative")
+        raise VlkrError(f"number of workers {num_workers} is negative, expected 0 or more")
     encoded = _encoded(subject, source, batch_size, num_workers, max_bad, advance)
     adapted = any(path.split(".")[0] == "visual" for path, _ in hosts(subject.model))
     if not cache or adapted or world_size() > 1:
