@@ -184,6 +184,14 @@ def test_a_locked_cell_is_left_to_its_process(options, tmp_path):
     assert [name, "not finished"] in report.all_tables()[-1].rows
 
 
+@pytest.mark.parametrize("keep", [0, 40, -5])
+def test_damaged_predictions_are_told(copied, options, keep):
+    [path] = copied.glob("cells/*-lora-*-seed2/predictions.safetensors")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(VlkrError, match=r"cannot read .*lora.*predictions\.safetensors"):
+        compare(copied, methods=METHODS, jobs=0, **options)
+
+
 def test_no_jobs_only_collects(copied, options):
     shutil.rmtree(copied / "cells" / "colors-zero_shot")
     report = compare(copied, methods=METHODS, jobs=0, **options)

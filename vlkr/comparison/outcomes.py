@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from vlkr.comparison.cell import ERROR, PREDICTIONS, RESULT
 from vlkr.comparison.engine import cell_folder
@@ -69,12 +69,22 @@ class Result:
         return value
 
     def said(self, name: str) -> Said:
-        """Predictions on a set."""
-        with safe_open(self.folder / PREDICTIONS, "np") as file:
-            columns = [
-                file.get_tensor(f"{name}.{c}") for c in ("labels", "predicted", "confidence")
-            ]
-            return Said(json.loads((file.metadata() or {})["keys"])[name], *columns)
+        """Predictions on a set.
+
+        Raises:
+            VlkrError: if they cannot be read.
+        """
+        path = self.folder / PREDICTIONS
+        try:
+            with safe_open(path, "np") as file:
+                columns = [
+                    file.get_tensor(f"{name}.{c}") for c in ("labels", "predicted", "confidence")
+                ]
+                return Said(json.loads((file.metadata() or {})["keys"])[name], *columns)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise VlkrError(
+                f"cannot read {path}: {error}; without its folder the cell is computed again"
+            ) from error
 
 
 @dataclass
