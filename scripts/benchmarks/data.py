@@ -17,7 +17,6 @@ import argparse
 import io
 import json
 import multiprocessing
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from open_clip.transform import image_transform
 from PIL import Image
-from timing import interleave, median_ratio, write_report
+from timing import CLOCKS, interleave_clocks, median_ratio, write_report
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -41,7 +40,6 @@ from vlkr.datasets.pipelines import BadSamples, evaluation_loader
 from vlkr.datasets.streaming import BatchOrder, EpochPlan, StreamedBatches, TrainLoader
 from vlkr.datasets.transforms import TrainTransform, to_tensor
 
-CLOCKS = ("wall", "processor")
 SIZE, BUFFER = 224, 256
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 EVALUATION = image_transform(SIZE, is_train=False, mean=MEAN, std=STD)
@@ -141,21 +139,6 @@ def check(expected: int, sizes: Iterable[int]) -> None:
         raise SystemExit(f"{number} images instead of {expected}")
 
 
-def processor_seconds() -> float:
-    """Of this process and of those that it started and that have ended."""
-    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def noting(call: Callable[[], object], used: list[float]) -> Callable[[], None]:
-    def run() -> None:
-        before = processor_seconds()
-        call()
-        used.append(processor_seconds() - before)
-
-    return run
-
-
 def bench_speed(options: argparse.Namespace, folder: Path) -> tuple[list[list[str]], dict]:
     """The table of throughputs and its figures."""
     photos = write_photos(folder / "photos", options.images)
@@ -171,16 +154,13 @@ def bench_speed(options: argparse.Namespace, folder: Path) -> tuple[list[list[st
     for kind in options.kinds:
         for workers in options.workers:
             runs = candidates(kind, photos, folder / "shards", data, options.batch, workers)
-            used: dict[str, list[float]] = {name: [] for name in runs}
-            counted = {name: noting(call, used[name]) for name, call in runs.items()}
-            seconds = interleave(counted, options.rounds, warmup=1)
-            used = {name: values[1:] for name, values in used.items()}
+            seconds = interleave_clocks(runs, options.rounds)
             ratios = {
-                f"{pair}, {clock}": median_ratio(times, *pairs[pair])
-                for clock, times in zip(CLOCKS, (seconds, used), strict=True)
+                f"{pair}, {clock}": median_ratio(seconds[clock], *pairs[pair])
+                for clock in CLOCKS
                 for pair in pairs
             }
-            speed = {n: options.images / statistics.median(s) for n, s in seconds.items()}
+            speed = {n: options.images / statistics.median(s) for n, s in seconds["wall"].items()}
             figures[f"{kind}, {workers} workers"] = {"images_per_second": speed, "ratios": ratios}
             values = [f"{ratio:.2f}" for ratio in ratios.values()]
             rows.append([kind, str(workers), f"{speed['limit']:.0f}", *values])

@@ -3,8 +3,8 @@
 Both build the classifier from the same templates, read JPEG files, preprocess them with the same
 transform, encode them in batches of the same size and count top-1 and top-5; vlkr also has the
 other metrics. ``images`` leaves the classifier out. Nothing comes from a cache. Ratios are
-throughputs over the plain loop's, by the clock and by the processor time of the main process, which
-does all the work without workers and is disturbed least by other load.
+throughputs over the plain loop's, by the clock and by the processor time of all processes, which is
+disturbed least by other load.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import open_clip
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from timing import interleave, median_ratio, write_report
+from timing import CLOCKS, interleave_clocks, median_ratio, write_report
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -32,7 +31,6 @@ from vlkr.evaluation.zero_shot import evaluate_bundle
 from vlkr.models.clip import ClipBundle, image_size, load_clip
 from vlkr.models.templates import resolve_templates
 
-CLOCKS = ("wall", "processor")
 PARTS = {"whole": "", "images alone": " images"}
 
 
@@ -120,17 +118,6 @@ def candidates(
     }
 
 
-def count_processor(call: Callable[[], object], used: list[float]) -> Callable[[], None]:
-    """The same call, which also notes the processor seconds that it took."""
-
-    def run() -> None:
-        before = time.process_time()
-        call()
-        used.append(time.process_time() - before)
-
-    return run
-
-
 def check_same(accuracies: dict[str, tuple[float, float]]) -> None:
     """All candidates do the same work: their top-1 and top-5 agree but for near ties."""
     for values in zip(*accuracies.values(), strict=True):
@@ -165,15 +152,14 @@ def main() -> None:
             bundle.model.to(device)
             runs = candidates(bundle, dataset, root, options, device)
             check_same({run: call() for run, call in runs.items()})
-            used: dict[str, list[float]] = {run: [] for run in runs}
-            counted = {run: count_processor(call, used[run]) for run, call in runs.items()}
-            seconds = interleave(counted, options.rounds, warmup=1)
+            seconds = interleave_clocks(runs, options.rounds)
             ratios = {
-                f"{what}, {clock}": median_ratio(times, f"open_clip{part}", f"vlkr{part}")
-                for clock, times in zip(CLOCKS, (seconds, used), strict=True)
+                f"{what}, {clock}": median_ratio(seconds[clock], f"open_clip{part}", f"vlkr{part}")
+                for clock in CLOCKS
                 for what, part in PARTS.items()
             }
-            speed = {run: options.images / statistics.median(s) for run, s in seconds.items()}
+            wall = seconds["wall"]
+            speed = {run: options.images / statistics.median(s) for run, s in wall.items()}
             figures[name] = {
                 "images_per_second": speed,
                 "throughput_over_open_clip": ratios,

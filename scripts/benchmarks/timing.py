@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+CLOCKS = ("wall", "processor")
 
 
 def interleave(
@@ -32,6 +35,36 @@ def interleave(
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def interleave_clocks(
+    candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 1
+) -> dict[str, dict[str, list[float]]]:
+    """:func:`interleave`, by the clock and by the processor.
+
+    Returns:
+        By each of ``CLOCKS``, seconds of each round by candidate. Those of the processor are this
+        process's and those of processes that it started and that have ended.
+    """
+    used: dict[str, list[float]] = {name: [] for name in candidates}
+
+    def counted(name: str) -> Callable[[], None]:
+        def run() -> None:
+            before = processor_seconds()
+            candidates[name]()
+            used[name].append(processor_seconds() - before)
+
+        return run
+
+    wall = interleave({name: counted(name) for name in candidates}, rounds, warmup)
+    processor = {name: seconds[warmup:] for name, seconds in used.items()}
+    return dict(zip(CLOCKS, (wall, processor), strict=True))
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def peak_memory(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:

@@ -26,6 +26,12 @@ def colors(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def others(colors):
+    """What the home dataset is measured against."""
+    return [str(colors.parent / name) for name in ("more", "two")]
+
+
+@pytest.fixture(scope="session")
 def domains(tmp_path_factory):
     """A tree of three domains."""
     root = tmp_path_factory.mktemp("domains") / "tree"

@@ -30,14 +30,9 @@ METHODS = [
 
 
 @pytest.fixture(scope="module")
-def shifts(colors):
-    return [str(colors.parent / name) for name in ("more", "two")]
-
-
-@pytest.fixture(scope="module")
-def report(options, shifts, tmp_path_factory):
+def report(options, others, tmp_path_factory):
     output = tmp_path_factory.mktemp("compare") / "out"
-    return compare(output, shifts=shifts, shots=[4, 1], methods=METHODS, spectra=True, **options)
+    return compare(output, shifts=others, shots=[4, 1], methods=METHODS, spectra=True, **options)
 
 
 def cell(report, *words):
@@ -61,7 +56,7 @@ def column(table, method):
     return {row[0]: row[index] for row in table.rows[1:]}
 
 
-def test_a_cell_is_vlkr_adapt_and_vlkr_evaluate(report, options, shifts, tmp_path):
+def test_a_cell_is_vlkr_adapt_and_vlkr_evaluate(report, options, others, tmp_path):
     """An adapter trained and measured by the plain commands reaches the same to the last digit."""
     data = replace(options["data"], shots=4)
     result = adapt(
@@ -73,7 +68,7 @@ def test_a_cell_is_vlkr_adapt_and_vlkr_evaluate(report, options, shifts, tmp_pat
         trainer=options["trainer"],
         seed=2,
     )
-    plain = evaluate(run=result.output, datasets=[str(data.root), *shifts], device="cpu")
+    plain = evaluate(run=result.output, datasets=[str(data.root), *others], device="cpu")
     found = read_json(cell(report, "shots4", "lora", "seed2") / "result.json")
     assert [r["metrics"] for r in found["results"]] == [r.metrics for r in plain.results]
     assert found["parameters"] == result.parameters
@@ -84,9 +79,9 @@ def test_a_cell_is_vlkr_adapt_and_vlkr_evaluate(report, options, shifts, tmp_pat
     assert all((ours[key] == theirs[key]).all() for key in theirs)
 
 
-def test_zero_shot_is_vlkr_evaluate(report, options, shifts):
+def test_zero_shot_is_vlkr_evaluate(report, options, others):
     plain = evaluate(
-        model=options["model"], datasets=[str(options["data"].root), *shifts], device="cpu"
+        model=options["model"], datasets=[str(options["data"].root), *others], device="cpu"
     )
     found = read_json(cell(report, "zero_shot") / "result.json")
     assert [r["metrics"] for r in found["results"]] == [r.metrics for r in plain.results]
@@ -161,7 +156,7 @@ def test_learning_rate_is_chosen_on_validation(report):
 
 
 @pytest.mark.parametrize("favoured", ["0.001", "0.03"])
-def test_learning_rate_is_never_chosen_on_test(report, options, shifts, tmp_path, favoured):
+def test_learning_rate_is_never_chosen_on_test(report, options, others, tmp_path, favoured):
     """A rate that is perfect on test and bad on validation is not taken."""
     output = tmp_path / "copy"
     shutil.copytree(report.output, output)
@@ -172,7 +167,7 @@ def test_learning_rate_is_never_chosen_on_test(report, options, shifts, tmp_path
         for result in found["results"]:
             result["metrics"]["acc1"] = 0.0 if good else 1.0
         write_json(path, found)
-    again = compare(output, shifts=shifts, shots=[4, 1], methods=METHODS, **options)
+    again = compare(output, shifts=others, shots=[4, 1], methods=METHODS, **options)
     [outcome] = [
         o
         for o in again.collected.outcomes

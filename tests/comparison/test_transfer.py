@@ -16,11 +16,6 @@ from vlkr.training.adapt import AdapterOptions
 
 
 @pytest.fixture(scope="module")
-def others(colors):
-    return [str(colors.parent / name) for name in ("more", "two")]
-
-
-@pytest.fixture(scope="module")
 def report(options, others, tmp_path_factory):
     output = tmp_path_factory.mktemp("transfer") / "out"
     methods = ["kradapter", "lora"]

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
-from vlkr.adapters import adapter_parameters, match_budget, remove_adapters
+from vlkr.adapters import match_budget, remove_adapters
 from vlkr.adapters.inject import hosts
 from vlkr.comparison.plan import PROBE, RUN, ZERO_SHOT, Cell
 from vlkr.comparison.probe import linear_probe
@@ -32,6 +32,7 @@ from vlkr.files import atomic_file, read_json, write_json
 from vlkr.models.clip import ClipBundle
 from vlkr.models.loading import load_model
 from vlkr.training.adapt import train
+from vlkr.training.module import trained_parameters
 from vlkr.training.trainer import CHECKPOINT
 
 RESULT, ERROR, CONFIG, PREDICTIONS = (
@@ -134,7 +135,8 @@ def _measure(cell: Cell, folder: Path, resume: bool) -> tuple[Evaluation, dict[s
                 found |= probed
             else:
                 if cell.kind == RUN:
-                    found["parameters"] = _trained_parameters(bundle)
+                    trained = trained_parameters(bundle.model, bundle.head)
+                    found["parameters"] = sum(parameter.numel() for parameter in trained)
                 elif cell.kind != ZERO_SHOT:
                     found |= _train(cell, bundle, folder / "run", resume)
                 evaluation = evaluate_bundle(
@@ -183,13 +185,6 @@ def _train(cell: Cell, bundle: ClipBundle, output: Path, resume: bool) -> dict[s
         "val_acc1": training.val_acc1,
         "train_seconds": round(training.seconds, 1),
     }
-
-
-def _trained_parameters(bundle: ClipBundle) -> int:
-    trained = list(adapter_parameters(bundle.model))
-    if bundle.head is not None:
-        trained += bundle.head.parameters()
-    return sum(parameter.numel() for parameter in trained)
 
 
 @lru_cache(maxsize=1)

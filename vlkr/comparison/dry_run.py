@@ -118,7 +118,11 @@ class _Sizes:
         self.known: dict[str, Any] = {}
 
     def _once(
-        self, key: str, name: str, make: Callable[[], Any], otherwise: Callable[[], Any]
+        self,
+        key: str,
+        name: str,
+        make: Callable[[], Any],
+        otherwise: Callable[[], Any] = lambda: None,
     ) -> Any:
         if key not in self.known:
             try:
@@ -136,9 +140,7 @@ class _Sizes:
         return found
 
     def model(self, name: str) -> nn.Module | None:
-        found: nn.Module | None = self._once(
-            f"model {name}", name, lambda: load_shapes(name), lambda: None
-        )
+        found: nn.Module | None = self._once(f"model {name}", name, lambda: load_shapes(name))
         return found
 
     def images(self, data: DataOptions, split: str) -> int | None:
@@ -207,7 +209,7 @@ class _Sizes:
                 cls.num_parameters(t.in_features, t.out_features, **options) for t in targets
             )
 
-        found: int | None = self._once(key, adapter.name, count, lambda: None)
+        found: int | None = self._once(key, adapter.name, count)
         return found
 
 

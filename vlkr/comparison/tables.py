@@ -290,18 +290,16 @@ def choice_table(collected: Collected) -> list[list[str]]:
 def choice_note(collected: Collected) -> str:
     """How to read the choices, and which learning rates lie at an end of their list."""
     note = "Mean validation accuracy over seeds in percent, * the chosen setting"
-    ends = dict.fromkeys(
-        outcome.entry.method
-        for outcome in collected.outcomes
-        if (rates := sorted({c.setting.get("lr", 0.0) for c in outcome.entry.candidates}))[1:]
-        and outcome.chosen is not None
-        and outcome.chosen.setting["lr"] in (rates[0], rates[-1])
-    )
+    ends: dict[str, None] = {}
+    for outcome in collected.outcomes:
+        rates = {c.setting["lr"] for c in outcome.entry.candidates if "lr" in c.setting}
+        chosen = outcome.chosen
+        if len(rates) > 1 and chosen and chosen.setting["lr"] in (min(rates), max(rates)):
+            ends[outcome.entry.method] = None
     if not ends:
         return note
-    return f"{note}; at an end of the learning rates, beyond which others may do better: " + (
-        ", ".join(ends)
-    )
+    methods = ", ".join(ends)
+    return f"{note}; at an end of the learning rates, beyond which others may do better: {methods}"
 
 
 def _setting(setting: dict[str, float]) -> str:

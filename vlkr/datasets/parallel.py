@@ -38,8 +38,7 @@ def parallel_map(function: Callable[[J], R], jobs: Sequence[J], num_workers: int
         jobs: what it is called with.
         num_workers: processes; 0 works in this one.
     """
-    if num_workers < 0:
-        raise VlkrError(f"number of workers {num_workers} is negative, expected 0 or more")
+    check_num_workers(num_workers)
     loader = DataLoader[Any](
         _Jobs(function, jobs),
         batch_size=None,
@@ -47,6 +46,12 @@ def parallel_map(function: Callable[[J], R], jobs: Sequence[J], num_workers: int
         collate_fn=_same,
     )
     yield from without_traceback(loader)
+
+
+def check_num_workers(num_workers: int) -> None:
+    """Raises :class:`VlkrError` for a negative number."""
+    if num_workers < 0:
+        raise VlkrError(f"number of workers {num_workers} is negative, expected 0 or more")
 
 
 def runs(jobs: Sequence[J], num_workers: int) -> list[J]:

@@ -213,9 +213,12 @@ def described(name: str, test_fraction: float, domains: Collection[str] | None) 
     Raises:
         VlkrError: for a domain that the card does not know.
     """
-    if name not in card_names() or (names := load_card(name).named_classes()) is None:
+    if name not in card_names():
         return None
     card = load_card(name)
+    names = card.named_classes()
+    if names is None:
+        return None
     sizes = dict(card.splits)
     chosen = tuple(card.domains if domains is None else domains)
     if unknown := [domain for domain in chosen if domain not in card.domains]:

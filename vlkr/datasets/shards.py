@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _READ = {*IMAGE_EXTENSIONS, "cls", "json"}
 _MAX_TEXT = 2**20
+# RecursionError: headers that each announce another one.
+_DAMAGED = (OSError, tarfile.TarError, ValueError, IndexError, RecursionError)
 _AHEAD = 32
 _AHEAD_BYTES = 2**22
 _OCTAL = re.compile(rb"[0-7]+")
@@ -86,12 +88,10 @@ class ShardSource:
         with self.root.open(name) as stream:
             try:
                 yield from _ahead(_read_records(shard, stream))
-            except VlkrError:
+            except _DAMAGED as error:
                 self.root.forget(name)
-                raise
-            # RecursionError: headers that each announce another one.
-            except (OSError, tarfile.TarError, ValueError, IndexError, RecursionError) as error:
-                self.root.forget(name)
+                if isinstance(error, VlkrError):
+                    raise
                 raise VlkrError(f"cannot read shard {shard}: {error}") from error
 
     def _sample(self, seen: _Keys, record: _Record) -> Sample:

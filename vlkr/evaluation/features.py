@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vlkr.adapters import merged
 from vlkr.adapters.inject import hosts
 from vlkr.datasets import Dataset, Source
+from vlkr.datasets.parallel import check_num_workers
 from vlkr.datasets.pipelines import evaluation_loader
 from vlkr.datasets.sources import skip_bad
 from vlkr.errors import VlkrError
@@ -165,8 +166,7 @@ def feature_batches(
     """
     if batch_size < 1:
         raise VlkrError(f"batch size {batch_size} is too small, expected at least 1")
-    if num_workers < 0:
-        raise VlkrError(f"number of workers {num_workers} is negative, expected 0 or more")
+    check_num_workers(num_workers)
     encoded = _encoded(subject, source, batch_size, num_workers, max_bad, advance)
     adapted = any(path.split(".")[0] == "visual" for path, _ in hosts(subject.model))
     if not cache or adapted or world_size() > 1:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -22,6 +22,11 @@ from vlkr.training.numerics import all_finite, first_layer_not_finite, some_of
 from vlkr.training.optim import OptimizerOptions, make_optimizer
 
 _MAX_LOGIT_SCALE = 10_000
+
+
+def trained_parameters(model: nn.Module, head: nn.Module | None) -> list[Parameter]:
+    """What a run trains: the adapters of a model and its class head, if there is one."""
+    return [*adapter_parameters(model), *([] if head is None else head.parameters())]
 
 
 class FewShotModule(L.LightningModule):
@@ -120,8 +125,7 @@ class FewShotModule(L.LightningModule):
 
     def trained_parameters(self) -> list[Parameter]:
         """Those of the adapters and of the class head, if there is one."""
-        head = [] if self.head is None else list(self.head.parameters())
-        return [*adapter_parameters(self.model), *head]
+        return trained_parameters(self.model, self.head)
 
     def _choose_classes(self, labels: Tensor) -> Tensor | None:
         """The batch's classes and random others, sorted; None for all."""
