@@ -115,8 +115,18 @@ def test_all_cards_are_listed(capsys):
     assert digits["place"].endswith("data/digits")
     assert (digits["title"], digits["licence"]) == (load_card("digits").title, "CC BY 4.0")
     assert digits["source"]
+
+
+@pytest.mark.parametrize(("columns", "sources"), [(80, False), (160, True)])
+def test_the_list_of_cards_fits_the_terminal(columns, sources, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["data", "list"]) == 0
-    assert "digits-color" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert ("source" in out.splitlines()[1]) == sources
+    rows = [line.strip("│").split("│") for line in out.splitlines() if line.startswith("│")]
+    places = {row[0].strip(): row[-1].strip() for row in rows if row[-1].strip()}
+    assert set(places) == set(card_names())
+    assert set(places.values()) <= {"here", "stream", "no"}
 
 
 def test_cards_whose_data_lies_in_vlkr_data(tmp_path, monkeypatch):

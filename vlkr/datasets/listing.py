@@ -13,6 +13,8 @@ from vlkr.datasets.cards import SUITES, Card, card_names, load_card
 from vlkr.datasets.registry import own_place
 from vlkr.errors import VlkrError
 
+_WIDE = 110  # columns
+
 
 @dataclass
 class CardList:
@@ -38,10 +40,16 @@ class CardList:
         }
 
     def show(self, console: Console) -> None:
-        """Prints a line a card."""
-        longest = max((len(card.name) for card in self.cards), default=0)
-        name, classes = Column("name", min_width=longest), Column("classes", justify="right")
-        table = Table(name, "title", classes, "source", "licence", Column("data", min_width=6))
+        """Prints a line a card; a narrow terminal has no room for sources."""
+        is_wide = console.width >= _WIDE
+        table = Table(
+            Column("name", no_wrap=True),
+            "title",
+            Column("classes", justify="right", no_wrap=True),
+            *["source"] * is_wide,
+            "licence",
+            Column("data", no_wrap=True),
+        )
         for card in self.cards:
             number = _num_classes(card)
             place = "here" if own_place(card) else "stream" if card.wds else "no"
@@ -49,7 +57,7 @@ class CardList:
                 card.name,
                 card.title,
                 "" if number is None else str(number),
-                _short(card.source),
+                *[_short(card.source)] * is_wide,
                 _short(card.licence),
                 place,
             )
