@@ -115,9 +115,8 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 def small_run(output: Path, model: str, root: Path, **changes: object) -> None:
     """Adapts ``model`` to the images below ``root`` in a second, with few steps and shots."""
     from vlkr.datasets import DataOptions
-    from vlkr.training.adapt import AdapterOptions, adapt
-    from vlkr.training.optim import OptimizerOptions
-    from vlkr.training.trainer import TrainerOptions
+    from vlkr.training.adapt import adapt
+    from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
     options = {
         "adapter": AdapterOptions(),

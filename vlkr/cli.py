@@ -65,7 +65,7 @@ COMMANDS = {
         "adapt on one dataset, measure on others: what is gained and what forgotten",
     ),
     "export": Command(
-        "vlkr.export.exporter:export",
+        "vlkr.export.export:export",
         "write a run's adapted model for open_clip, timm, transformers, ONNX, torch or peft",
     ),
     "predict": Command(

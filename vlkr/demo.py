@@ -1,4 +1,4 @@
-"""The demonstration: KRAdapter and LoRA at equal budget on what ships, at home and under shift."""
+"""The command ``vlkr demo``: KRAdapter and LoRA at equal budget on what ships, home and shifts."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import torch
 from rich.console import Console
 
 from vlkr.datasets import DataOptions, load_dataset
 from vlkr.evaluation.report import Evaluation, markdown_table, rich_table
-from vlkr.evaluation.zero_shot import evaluate_bundle
-from vlkr.export.exporter import ExportResult, export
-from vlkr.files import atomic_file, check_free, write_json, write_text
-from vlkr.models.clip import TINY, load_clip
-from vlkr.training.adapt import AdapterOptions, adapt
-from vlkr.training.optim import OptimizerOptions
-from vlkr.training.trainer import TrainerOptions
+from vlkr.export.export import ExportResult, export
+from vlkr.files import check_free, write_json, write_text
+from vlkr.training.adapt import adapt
+from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
 METHODS = {"kradapter": "KRAdapter", "lora": "LoRA"}
 
@@ -111,6 +106,8 @@ def demo(output: Path = Path("runs/demo"), quick: bool = False, force: bool = Fa
     Raises:
         VlkrError: if ``output`` holds something.
     """
+    import torch
+
     check_free(output, force=force)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as fast for a model this small, and the same sums on any machine
@@ -121,6 +118,9 @@ def demo(output: Path = Path("runs/demo"), quick: bool = False, force: bool = Fa
 
 
 def _demo(output: Path, quick: bool, force: bool) -> DemoResult:
+    from vlkr.evaluation.zero_shot import evaluate_bundle
+    from vlkr.models.clip import TINY, load_clip
+
     seeds = [1] if quick else [1, 2, 3]
     epochs = 2 if quick else 20
     console = Console(stderr=True)
@@ -173,11 +173,13 @@ def _demo(output: Path, quick: bool, force: bool) -> DemoResult:
 
 def plot(result: DemoResult, path: Path) -> None:
     """Bars of top-1 accuracy, a group a dataset, a colour a method, whiskers over seeds."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+
+    from vlkr.evaluation.plots import save_figure
 
     names = [r.dataset for r in result.evaluations["zero-shot"][0].results]
-    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
     width = 0.8 / len(result.evaluations)
     colors = {"zero-shot": "#9a9a9a", "kradapter": "#1b6ca8", "lora": "#e08a1e"}
     for i, method in enumerate(result.evaluations):
@@ -199,6 +201,4 @@ def plot(result: DemoResult, path: Path) -> None:
     axes.set_title("Tiny CLIP, 16 shots of handwritten digits: at home and under shift", loc="left")
     figure.legend(frameon=False, ncols=4, loc="outside lower center")
     axes.spines[["top", "right"]].set_visible(False)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    plt.close(figure)
+    save_figure(figure, path)

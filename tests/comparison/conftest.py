@@ -2,8 +2,7 @@ import pytest
 from helpers import COLORS, color_image, write_clip, write_images
 
 from vlkr.datasets import DataOptions
-from vlkr.training.optim import OptimizerOptions
-from vlkr.training.trainer import TrainerOptions
+from vlkr.training.options import OptimizerOptions, TrainerOptions
 
 
 @pytest.fixture(autouse=True)

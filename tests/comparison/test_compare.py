@@ -18,7 +18,8 @@ from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate
 from vlkr.files import read_json, write_json
-from vlkr.training.adapt import AdapterOptions, adapt
+from vlkr.training.adapt import adapt
+from vlkr.training.options import AdapterOptions
 
 METHODS = [
     "zero-shot",

@@ -150,21 +150,21 @@ def test_says_when_every_cell_failed(options, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_cell_goes_on_from_its_epoch(finished, options, tmp_path, monkeypatch):
-    from vlkr.training import adapt
+    from vlkr.training import recipe
 
-    fit = adapt.fit
+    fit = recipe.fit
 
     def interrupted(*arguments, **keywords):
         fit(*arguments, **keywords)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapt, "fit", interrupted)
+    monkeypatch.setattr(recipe, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt, match="0 of 2 cells are finished, the same command"):
         compare(tmp_path / "out", methods=["lora"], **options)
     assert (tmp_path / "out/cells/colors-shots2-lora-lr0.01-epochs1-seed1/run/checkpoints").is_dir()
     asked = []
     monkeypatch.setattr(
-        adapt, "fit", lambda *a, resume, **k: asked.append(resume) or fit(*a, resume=resume, **k)
+        recipe, "fit", lambda *a, resume, **k: asked.append(resume) or fit(*a, resume=resume, **k)
     )
     report = compare(tmp_path / "out", methods=["lora"], **options)
     assert asked == [True, False]

@@ -12,7 +12,7 @@ from vlkr.comparison.transfer import transfer
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate
 from vlkr.files import read_json
-from vlkr.training.adapt import AdapterOptions
+from vlkr.training.options import AdapterOptions
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from vlkr.evaluation.spectrum import (
     spectrum,
 )
 from vlkr.evaluation.spectrum_report import Layer, Run
-from vlkr.training.adapt import AdapterOptions
+from vlkr.training.options import AdapterOptions
 
 
 @pytest.fixture(scope="module")

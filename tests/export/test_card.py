@@ -16,7 +16,8 @@ from vlkr.cli import main
 from vlkr.errors import VlkrError
 from vlkr.evaluation.runs import load_run
 from vlkr.export.card import base_licence
-from vlkr.export.exporter import export, load_subject
+from vlkr.export.export import export
+from vlkr.export.exporter import load_subject
 
 
 class Hub(BaseHTTPRequestHandler):

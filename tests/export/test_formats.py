@@ -19,7 +19,7 @@ from vlkr.cli import main
 from vlkr.errors import VlkrError
 from vlkr.evaluation.runs import load_run
 from vlkr.export import exporter, parity
-from vlkr.export.exporter import export
+from vlkr.export.export import export
 from vlkr.export.preprocessing import Preprocessing
 from vlkr.models.clip import load_clip
 

@@ -14,7 +14,8 @@ from PIL import Image
 from vlkr.adapters import load_adapter, merge_adapters
 from vlkr.errors import VlkrError
 from vlkr.evaluation.runs import load_run
-from vlkr.export.exporter import export, load_export, load_subject
+from vlkr.export.export import export
+from vlkr.export.exporter import load_export, load_subject
 from vlkr.export.preprocessing import Preprocessing
 from vlkr.models.clip import load_clip
 

@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +9,12 @@ import pytest
 import torch
 from helpers import COLORS, color_image, tree
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from vlkr.adapters import merge_adapters
 from vlkr.cli import main
 from vlkr.evaluation.runs import load_run, run_dataset
-from vlkr.export.exporter import export
+from vlkr.export.export import export
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
 
 NAMES = ("blue", "green", "red")
@@ -239,8 +241,9 @@ def test_wrong_input_is_one_line(arguments, message, model, photos, tmp_path, ca
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("vlkr_export.json", b"{}", "is damaged: KeyError 'format'"),
-        ("vlkr_export.json", b'{"format": "floppy"}', "unknown format 'floppy'"),
+        ("vlkr_export.json", b"{}", "is damaged: its format is None"),
+        ("vlkr_export.json", b"[]", "holds a list, expected a mapping"),
+        ("vlkr_export.json", b'{"format": "open_clip", "dtype": 3}', "its dtype is 3"),
         ("class_embeddings.safetensors", b"\0" * 9, "is damaged: SafetensorError"),
         ("open_clip_model.safetensors", b"\0" * 9, "cannot load model"),
     ],
@@ -254,10 +257,27 @@ def test_a_damaged_export_is_told(name, content, message, model, photos, tmp_pat
     assert message in capsys.readouterr().err
 
 
+def test_an_export_of_an_unknown_format_is_told(model, photos, tmp_path, capsys):
+    manifest = json.loads((model / "vlkr_export.json").read_text())
+    (tmp_path / "vlkr_export.json").write_text(json.dumps(manifest | {"format": "floppy"}))
+    assert main(["predict", "--model", str(tmp_path), str(photos)]) == 2
+    assert "unknown format 'floppy'" in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_are_told(model, photos, tmp_path, capsys):
+    shutil.copytree(model, tmp_path / "copy")
+    weights = load_file(model / "open_clip_model.safetensors")
+    weights["visual.proj"][0, 0] = float("nan")
+    save_file(weights, tmp_path / "copy" / "open_clip_model.safetensors")
+    assert main(["predict", "--model", str(tmp_path / "copy"), str(photos)]) == 2
+    assert "numbers that are not finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "file"),
     [
         ("transformers", "config.json"),
+        ("transformers", "preprocessor_config.json"),
         pytest.param("onnx", "classifier.onnx", marks=pytest.mark.slow),
         pytest.param("torch", "classifier.pt2", marks=pytest.mark.slow),
     ],

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from vlkr.adapters import set_adapter_scale
 from vlkr.evaluation.runs import load_run, run_dataset
-from vlkr.export.exporter import export
+from vlkr.export.export import export
 from vlkr.models.zero_shot import class_embeddings
 
 SHARD = ROOT / "data" / "digits" / "test" / "0.tar"

@@ -10,8 +10,9 @@ from helpers import tree
 
 from vlkr.cli import main
 from vlkr.errors import VlkrError
+from vlkr.export import export as command
 from vlkr.export import exporter
-from vlkr.export.exporter import export
+from vlkr.export.export import export
 
 
 def mount(folder, *options):
@@ -53,15 +54,15 @@ def test_a_full_disk_keeps_the_old_export(name, run, small_disk, capsys):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("step", ["write_json", "save_file"])
-def test_a_failing_write_keeps_the_old_export(run, tmp_path, monkeypatch, error, step):
+@pytest.mark.parametrize(("module", "step"), [(command, "write_json"), (exporter, "save_file")])
+def test_a_failing_write_keeps_the_old_export(run, tmp_path, monkeypatch, error, module, step):
     export(run, tmp_path / "out", format="adapter")
     before = tree(tmp_path)
 
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr(exporter, step, fail)
+    monkeypatch.setattr(module, step, fail)
     raised = VlkrError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(raised):
         export(run, tmp_path / "out", force=True)
@@ -82,7 +83,7 @@ def save_half(tensors, path, **options):
     print(*(optional & set(sys.modules)), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 safetensors.torch.save_file = save_half
-from vlkr.export.exporter import export
+from vlkr.export.export import export
 export(Path(sys.argv[1]), Path(sys.argv[2]), force=True)
 """
 

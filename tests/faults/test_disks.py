@@ -12,7 +12,7 @@ from helpers import small_run, tree, write_images
 
 from vlkr.errors import VlkrError
 from vlkr.files import atomic_file, atomic_folder, check_free, exclusive, write_text
-from vlkr.training.trainer import TrainerOptions
+from vlkr.training.options import TrainerOptions
 
 pytestmark = pytest.mark.faults
 

@@ -16,8 +16,7 @@ from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.training.checkpoints import check_checkpoint
 from vlkr.training.module import FewShotModule
-from vlkr.training.optim import OptimizerOptions
-from vlkr.training.trainer import TrainerOptions
+from vlkr.training.options import OptimizerOptions, TrainerOptions
 
 pytestmark = pytest.mark.faults
 

@@ -12,10 +12,9 @@ from torch import nn
 
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
-from vlkr.training import adapt as adapt_module
-from vlkr.training.adapt import AdapterOptions
-from vlkr.training.optim import OptimizerOptions
-from vlkr.training.trainer import TrainerOptions
+from vlkr.models import loading
+from vlkr.training.module import FewShotModule
+from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
 FILES = {
     "adapter/README.md",
@@ -197,7 +196,7 @@ def test_interrupted_force_is_no_finished_run(tmp_path, small, colors, monkeypat
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapt_module.FewShotModule, "training_step", interrupt)
+    monkeypatch.setattr(FewShotModule, "training_step", interrupt)
     with pytest.raises(KeyboardInterrupt, match="start again with --force"):
         small_run(run, small, colors, force=True, seed=2)
     left = {path for path in tree(run) if path.split("/")[0] in ("adapter", "metrics.json")}
@@ -233,8 +232,8 @@ def test_adapter_that_the_model_does_not_use_is_told(tmp_path, small, colors, mo
         bundle.model.spare = nn.Linear(4, 4)
         return bundle
 
-    load_model = adapt_module.load_model
-    monkeypatch.setattr(adapt_module, "load_model", load_with_spare_part)
+    load_model = loading.load_model
+    monkeypatch.setattr(loading, "load_model", load_with_spare_part)
     adapter = AdapterOptions(targets=["q", "spare"])
     with pytest.raises(VlkrError, match="does not use the adapter on spare"):
         small_run(tmp_path / "run", small, colors, adapter=adapter)

@@ -15,7 +15,7 @@ from vlkr.datasets import few_shot_split, load_dataset
 from vlkr.datasets.pipelines import EpochSampler, FewShotImages, collate
 from vlkr.models.clip import load_clip
 from vlkr.training.module import FewShotModule
-from vlkr.training.optim import OptimizerOptions
+from vlkr.training.options import OptimizerOptions
 from vlkr.training.trainer import quiet_lightning
 
 

@@ -16,9 +16,7 @@ from vlkr.errors import VlkrError
 from vlkr.evaluation.interpolation import interpolate
 from vlkr.evaluation.runs import load_run, run_config, run_dataset
 from vlkr.models.vit import load_vit
-from vlkr.training.adapt import AdapterOptions
-from vlkr.training.optim import OptimizerOptions
-from vlkr.training.trainer import TrainerOptions
+from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
 
 @pytest.fixture(scope="module")

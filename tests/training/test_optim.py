@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from vlkr.training.optim import OptimizerOptions, make_optimizer
+from vlkr.training.optim import make_optimizer
+from vlkr.training.options import OptimizerOptions
 
 
 def rates(options, total_steps, steps=None):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import vlkr
 from vlkr.models.clip import load_clip
-from vlkr.training.adapt import AdapterOptions
+from vlkr.training.options import AdapterOptions
 from vlkr.training.project import project
 
 

@@ -14,11 +14,9 @@ from helpers import small_run
 from vlkr.adapters.registry import ADAPTERS
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
-from vlkr.training.adapt import AdapterOptions
 from vlkr.training.checkpoints import SealedCheckpoints
 from vlkr.training.module import FewShotModule
-from vlkr.training.optim import OptimizerOptions
-from vlkr.training.trainer import TrainerOptions
+from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
 TRAINER = TrainerOptions(epochs=4, accelerator="cpu", progress=False)
 

@@ -5,7 +5,7 @@ from torch import nn
 import vlkr
 from vlkr.models.clip import load_clip
 from vlkr.training.module import FewShotModule
-from vlkr.training.optim import OptimizerOptions
+from vlkr.training.options import OptimizerOptions
 
 NAMES = tuple(f"thing {i}" for i in range(12))
 
@@ -59,7 +59,7 @@ def test_accumulated_batches_train_as_one_composition_or_many(small, colors, tmp
 
     from vlkr.datasets import DataOptions
     from vlkr.training.adapt import adapt
-    from vlkr.training.trainer import TrainerOptions
+    from vlkr.training.options import TrainerOptions
 
     def run(name):
         data = DataOptions(

@@ -31,8 +31,8 @@ from vlkr.evaluation.zero_shot import evaluate_bundle
 from vlkr.files import atomic_file, read_json, write_json
 from vlkr.models.clip import ClipBundle
 from vlkr.models.loading import load_model
-from vlkr.training.adapt import train
 from vlkr.training.module import trained_parameters
+from vlkr.training.recipe import train
 from vlkr.training.trainer import CHECKPOINT
 
 RESULT, ERROR, CONFIG, PREDICTIONS = (

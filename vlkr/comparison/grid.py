@@ -11,9 +11,7 @@ from vlkr.comparison.plan import PROBE, ZERO_SHOT, Candidate, Cell, EvalSet, Rea
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.models.clip import absolute_names
-from vlkr.training.adapt import AdapterOptions
-from vlkr.training.optim import OptimizerOptions
-from vlkr.training.trainer import TrainerOptions
+from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
 
 @dataclass(frozen=True)

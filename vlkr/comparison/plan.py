@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 
 from vlkr.datasets import DataOptions, Dataset
 from vlkr.evaluation.runs import run_options
-from vlkr.training.adapt import AdapterOptions
-from vlkr.training.optim import OptimizerOptions
-from vlkr.training.trainer import TrainerOptions
+from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
 ZERO_SHOT, PROBE, RUN = "zero-shot", "probe", "run"
 # Options that change how long a cell takes and not what it finds.

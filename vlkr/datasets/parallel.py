@@ -8,15 +8,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from torch.utils.data import DataLoader, Dataset
-
 from vlkr.errors import VlkrError
 
 J = TypeVar("J")
 R = TypeVar("R")
 
 
-class _Jobs(Dataset[R], Generic[J, R]):
+class _Jobs(Generic[J, R]):
+    """A dataset in :class:`torch.utils.data.DataLoader`'s sense."""
+
     def __init__(self, function: Callable[[J], R], jobs: Sequence[J]) -> None:
         self.function = function
         self.jobs = jobs
@@ -38,9 +38,11 @@ def parallel_map(function: Callable[[J], R], jobs: Sequence[J], num_workers: int
         jobs: what it is called with.
         num_workers: processes; 0 works in this one.
     """
+    from torch.utils.data import DataLoader
+
     check_num_workers(num_workers)
     loader = DataLoader[Any](
-        _Jobs(function, jobs),
+        _Jobs(function, jobs),  # type: ignore[arg-type]
         batch_size=None,
         num_workers=min(num_workers, len(jobs)),
         collate_fn=_same,

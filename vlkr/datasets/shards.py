@@ -12,8 +12,6 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from webdataset.tariterators import base_plus_ext
-
 from vlkr.datasets.roots import Root
 from vlkr.datasets.sources import (
     IMAGE_EXTENSIONS,
@@ -200,6 +198,8 @@ class _PlainInfo(tarfile.TarInfo):
 
 
 def _read_records(shard: str, stream: BinaryIO) -> Iterator[_Record]:
+    from webdataset.tariterators import base_plus_ext  # which imports torch
+
     if stream.read(6).startswith(_COMPRESSED):
         raise VlkrError(f"shard {shard} is compressed, expected a plain tar")
     stream.seek(0)

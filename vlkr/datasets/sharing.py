@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch.distributed as dist
-
 from vlkr.datasets.sources import FileSource, Sample, Source, unit_hash
 from vlkr.datasets.torchvision import TorchvisionSource
 from vlkr.errors import SampleError
@@ -46,6 +44,8 @@ class JoinedSource:
 
 def process_place() -> tuple[int, int]:
     """Rank of this process and number of processes, 0 and 1 where torch.distributed is not up."""
+    import torch.distributed as dist
+
     together = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 

@@ -19,7 +19,8 @@ from vlkr.errors import VlkrError
 from vlkr.models.clip import ClipBundle, encode_image, logit_scale
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
 from vlkr.training.numerics import all_finite, first_layer_not_finite, some_of
-from vlkr.training.optim import OptimizerOptions, make_optimizer
+from vlkr.training.optim import make_optimizer
+from vlkr.training.options import OptimizerOptions
 
 _MAX_LOGIT_SCALE = 10_000
 

@@ -13,7 +13,7 @@ from vlkr.adapters import Projected, project_model, save_adapter
 from vlkr.evaluation.report import rich_table
 from vlkr.files import check_free
 from vlkr.models.clip import load_clip
-from vlkr.training.adapt import AdapterOptions
+from vlkr.training.options import AdapterOptions
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Lightning's trainer as the recipe uses it: its options, its files and its silence."""
+"""Lightning's trainer as the recipe uses it: its files and its silence."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from vlkr.errors import VlkrError
 from vlkr.training.checkpoints import SealedCheckpoints
 from vlkr.training.interruption import Interruption, StoppedError
+from vlkr.training.options import TrainerOptions
 
 CHECKPOINT = "checkpoints/last.ckpt"
 # What Lightning and torch raise where a checkpoint has not the structure they wrote.
@@ -31,38 +30,6 @@ _RESTORE_ERRORS = (
     TypeError,
     ValueError,
 )
-
-
-@dataclass(frozen=True)
-class TrainerOptions:
-    """How long and where to train.
-
-    Args:
-        epochs: passes over the (oversampled) training images.
-        precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
-        accelerator: ``auto``, ``cpu``, ``gpu``, as Lightning's Trainer names them.
-        devices: processes that train side by side, each on a device of its own (DDP); every one
-            takes ``data.batch_size`` images a step.
-        num_nodes: machines, when a cluster's scheduler starts one process a device.
-        accumulate_grad_batches: batches per optimizer step.
-        progress: show a progress bar.
-    """
-
-    epochs: int = 10
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    accelerator: str = "auto"
-    devices: int = 1
-    num_nodes: int = 1
-    accumulate_grad_batches: int = 1
-    progress: bool = True
-
-    def check(self) -> None:
-        """Raises :class:`VlkrError` for a number out of range."""
-        for option in ("epochs", "devices", "num_nodes", "accumulate_grad_batches"):
-            if getattr(self, option) < 1:
-                raise VlkrError(
-                    f"trainer.{option} {getattr(self, option)} is too small, expected at least 1"
-                )
 
 
 class _ProgressBar(RichProgressBar):
