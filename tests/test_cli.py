@@ -61,6 +61,21 @@ def test_imports_nothing_heavy(arguments):
     assert vlkr("-c", code, *arguments, check=True).stdout.splitlines()[-1] == ""
 
 
+def test_help_and_wrong_options_of_commands_import_nothing_heavy():
+    code = """
+import sys
+from vlkr.cli import COMMANDS, main
+for name in COMMANDS:
+    try:
+        main([*name.split(), "--help"])
+    except SystemExit:
+        pass
+    assert main([*name.split(), "--nothing", "1"]) == 2
+print(*sorted({"torch", "lightning", "open_clip", "matplotlib", "scipy"} & set(sys.modules)))
+"""
+    assert vlkr("-c", code, check=True).stdout.splitlines()[-1] == ""
+
+
 @pytest.mark.parametrize("asked", [[], ["-h"], ["--help"]])
 def test_a_group_of_commands_has_its_help(asked, capsys):
     assert main(["data", *asked]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gc
 import importlib
+import inspect
 import json
 import os
 import re
@@ -54,14 +55,14 @@ COMMANDS = {
         "between base model and adapter: home against shift, and the best mix",
     ),
     "compare": Command(
-        "vlkr.comparison.compare:compare",
+        "vlkr.comparison.commands:compare",
         "methods over shots, seeds and learning rates at equal budget, with uncertainty",
     ),
     "dg": Command(
-        "vlkr.comparison.dg:dg", "leave one domain out: adapt on the others, test on that one"
+        "vlkr.comparison.commands:dg", "leave one domain out: adapt on the others, test on that one"
     ),
     "transfer": Command(
-        "vlkr.comparison.transfer:transfer",
+        "vlkr.comparison.commands:transfer",
         "adapt on one dataset, measure on others: what is gained and what forgotten",
     ),
     "export": Command(
@@ -72,10 +73,10 @@ COMMANDS = {
         "vlkr.export.predict:predict", "classify images with an exported model", ("images",)
     ),
     "project": Command(
-        "vlkr.training.project:project", "turn a full fine-tune into the nearest adapter"
+        "vlkr.training.project:project_fine_tune", "turn a full fine-tune into the nearest adapter"
     ),
     "approximate": Command(
-        "vlkr.approximation.benchmark:approximate",
+        "vlkr.approximation.approximate:approximate",
         "which method follows which spectrum: matrices, trained and in closed form",
     ),
     "spectrum": Command(
@@ -227,6 +228,9 @@ def _run(name: str, arguments: list[str]) -> int:
 
     module_name, function_name = COMMANDS[name].function.split(":")
     function = getattr(importlib.import_module(module_name), function_name)
+    # Else the parser would import the heavy type of the result, which is no option.
+    function.__annotations__.pop("return", None)
+    function.__annotations__ = inspect.get_annotations(function, eval_str=True)
 
     class Parser(ArgumentParser):
         """Shows options in kebab case, and types without Python's decoration."""

@@ -15,8 +15,8 @@ import torch
 from timing import write_report
 from torch import Tensor, nn
 
+from vlkr.approximation.approximate import approximate
 from vlkr.approximation.authors import AUTHORS_METHODS, authors_method, authors_target
-from vlkr.approximation.benchmark import approximate
 from vlkr.approximation.methods import DEFAULT_METHODS
 from vlkr.approximation.targets import DEFAULT_TARGETS, target_maker
 

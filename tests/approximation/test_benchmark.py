@@ -7,7 +7,7 @@ from helpers import write_clip
 from rich.console import Console
 from safetensors.torch import save_file
 
-from vlkr.approximation.benchmark import approximate
+from vlkr.approximation.approximate import approximate
 from vlkr.approximation.methods import DEFAULT_METHODS
 from vlkr.approximation.targets import DEFAULT_TARGETS, target_maker
 from vlkr.cli import main

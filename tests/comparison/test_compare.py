@@ -12,8 +12,8 @@ from helpers import write_images
 from safetensors.numpy import load_file
 from scipy.stats import binomtest
 
-from vlkr.comparison.compare import compare
-from vlkr.comparison.grid import MethodOptions
+from vlkr.comparison.commands import compare
+from vlkr.comparison.options import MethodOptions
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from vlkr.comparison.dg import RULES, dg, dg_plan
-from vlkr.comparison.grid import GridOptions, MethodOptions
+from vlkr.comparison.commands import dg
+from vlkr.comparison.dg import RULES, dg_plan
+from vlkr.comparison.options import GridOptions, MethodOptions
 from vlkr.comparison.outcomes import collect
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError

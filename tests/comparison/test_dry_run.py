@@ -3,9 +3,7 @@
 import pytest
 from helpers import tree
 
-from vlkr.comparison.compare import compare
-from vlkr.comparison.dg import dg
-from vlkr.comparison.transfer import transfer
+from vlkr.comparison.commands import compare, dg, transfer
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 

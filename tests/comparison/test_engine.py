@@ -11,9 +11,9 @@ from helpers import tree
 
 from vlkr.comparison import cell as cells
 from vlkr.comparison.cell import run_cell
-from vlkr.comparison.compare import compare
+from vlkr.comparison.commands import compare
 from vlkr.comparison.engine import _blame, cell_folder, run_cells, state
-from vlkr.comparison.grid import MethodOptions
+from vlkr.comparison.options import MethodOptions
 from vlkr.comparison.plan import Cell
 from vlkr.errors import VlkrError
 from vlkr.files import read_json

@@ -153,7 +153,7 @@ def test_a_browser_shows_and_sorts(page, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 def test_a_browser_shows_every_table_and_plot_of_a_report(options, colors, tmp_path):
-    from vlkr.comparison.compare import compare
+    from vlkr.comparison.commands import compare
 
     shifts = [str(colors.parent / name) for name in ("more", "two")]
     methods = ["zero-shot", "probe", "kradapter", "lora"]

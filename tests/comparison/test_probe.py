@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import load_file
 from sklearn.linear_model import LogisticRegression
 
-from vlkr.comparison.compare import compare
+from vlkr.comparison.commands import compare
 from vlkr.comparison.probe import STRENGTHS, fit_probe, probe_logits
 from vlkr.datasets import few_shot_split
 from vlkr.datasets.streaming import PickedSource

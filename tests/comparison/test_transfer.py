@@ -7,8 +7,8 @@ import pytest
 from helpers import small_run, write_images
 from PIL import Image
 
-from vlkr.comparison.grid import MethodOptions
-from vlkr.comparison.transfer import transfer
+from vlkr.comparison.commands import transfer
+from vlkr.comparison.options import MethodOptions
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate
 from vlkr.files import read_json

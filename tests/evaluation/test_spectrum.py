@@ -12,16 +12,16 @@ from safetensors.numpy import load_file
 from vlkr.adapters import add_adapters
 from vlkr.cli import main
 from vlkr.errors import VlkrError
-from vlkr.evaluation import spectrum as module
+from vlkr.evaluation import spectra as module
 from vlkr.evaluation.report import DatasetResult, Evaluation
-from vlkr.evaluation.spectrum import (
+from vlkr.evaluation.spectra import (
     correlations,
     layer_measures,
     model_spectra,
     shift_loss,
     spearman,
-    spectrum,
 )
+from vlkr.evaluation.spectrum import spectrum
 from vlkr.evaluation.spectrum_report import Layer, Run
 from vlkr.training.options import AdapterOptions
 

@@ -17,8 +17,11 @@ PRELOADED = (
     "vlkr.comparison.dg",
     "vlkr.comparison.transfer",
     "vlkr.datasets.pack",
+    "vlkr.evaluation.zero_shot",
     "vlkr.export.exporter",
-    "vlkr.training.adapt",
+    "vlkr.export.open_clip",
+    "vlkr.export.parity",
+    "vlkr.training.recipe",
 )
 LIMIT = 300
 """Seconds after which a process that has not ended counts as hanging."""

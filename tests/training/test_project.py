@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import vlkr
 from vlkr.models.clip import load_clip
 from vlkr.training.options import AdapterOptions
-from vlkr.training.project import project
+from vlkr.training.project import project_fine_tune
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def tuned(small, tmp_path):
 
 def test_a_low_rank_fine_tune_is_a_lora(small, tuned, tmp_path):
     options = AdapterOptions("lora", targets=["qkv", "out", "fc1", "fc2"], options={"rank": 2})
-    result = project(tmp_path / "adapter", small, tuned, adapter=options)
+    result = project_fine_tune(tmp_path / "adapter", small, tuned, adapter=options)
     assert result.error < 1e-3
     json.dumps(result.to_json())
     bundle = load_clip(small)
@@ -44,7 +44,7 @@ def test_a_low_rank_fine_tune_is_a_lora(small, tuned, tmp_path):
 
 def test_more_terms_miss_less(small, tuned, tmp_path):
     errors = [
-        project(
+        project_fine_tune(
             tmp_path / str(terms),
             small,
             tuned,

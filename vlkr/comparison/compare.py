@@ -15,7 +15,8 @@ from vlkr.comparison.figures import (
     plot_home_against_shift,
     plot_over_shots,
 )
-from vlkr.comparison.grid import GridOptions, candidate
+from vlkr.comparison.grid import candidate, grid_cells, resolved
+from vlkr.comparison.options import GridOptions
 from vlkr.comparison.outcomes import Collected, Outcome
 from vlkr.comparison.plan import ZERO_SHOT, Cell, Entry, EvalSet, Plan
 from vlkr.comparison.report import Picture, Report
@@ -65,46 +66,27 @@ class Home:
     sets: tuple[EvalSet, ...]
 
 
-def compare(
-    output: Path = Path("runs/compare"),
-    datasets: list[str] | None = None,
-    shifts: list[str] | None = None,
-    shots: list[int] | None = None,
-    spectra: bool = False,
-    **grid: Any,
+def run_compare(
+    grid: GridOptions,
+    output: Path,
+    datasets: list[str] | None,
+    shifts: list[str] | None,
+    shots: list[int] | None,
+    spectra: bool,
 ) -> Found:
-    """Compares methods at home and under shift, with the uncertainty of their differences.
-
-    Every cell of the grid is a folder of its own; finished ones are skipped when the command is
-    given again, and one that failed is reported and does not stop the others. Learning rates and
-    epochs are chosen per method, dataset and shots by their mean validation accuracy.
-
-    Args:
-        output: folder of the cells and of the report (``report.html``, ``.md``, ``.tex``,
-            ``results.csv``, ``.json``, ``plots/``, ``clip_benchmark/``).
-        datasets: cards' names or folders to adapt to, each on its own; ``data`` by default.
-        shifts: datasets that shift the home dataset's domain; those of its card by default.
-        shots: training images a class; ``data.shots`` by default.
-        spectra: also show the spectra of what the adapters of the largest shots have learned.
-        **grid: options of :class:`~vlkr.comparison.grid.GridOptions`.
-
-    Raises:
-        VlkrError: for any option that does not make sense, before anything is written; or if no
-            cell could be computed.
-    """
-    options = GridOptions(**grid)
+    """What :func:`~vlkr.comparison.commands.compare` does."""
     for name in ("fraction", "split_file"):
-        if (value := getattr(options.data, name)) is not None:
+        if (value := getattr(grid.data, name)) is not None:
             raise VlkrError(f"data.{name} {value} does not go with compare, which draws shots")
-    numbers = shots if shots is not None else [options.data.shots]
+    numbers = shots if shots is not None else [grid.data.shots]
     if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
         raise VlkrError(f"shots {numbers} is empty, repeats itself or has a number below 1")
 
     def plan() -> Plan:
-        return compare_plan(options, _homes(options, datasets, shifts), sorted(numbers))
+        return compare_plan(grid, _homes(grid, datasets, shifts), sorted(numbers))
 
     return run_grid(
-        options, output, plan, lambda found: compare_report(found, output, sorted(numbers), spectra)
+        grid, output, plan, lambda found: compare_report(found, output, sorted(numbers), spectra)
     )
 
 
@@ -137,12 +119,12 @@ def compare_plan(grid: GridOptions, homes: list[Home], shots: list[int]) -> Plan
     entries: list[Entry] = []
     for home in homes:
         names = tuple(chosen.name for chosen in home.sets)
-        for method in grid.resolved():
+        for method in resolved(grid):
             for number in [0] if method.kind == ZERO_SHOT else shots:
                 place: Place = {"dataset": home.name} | ({"shots": number} if number else {})
                 data = replace(home.data, shots=number) if number else home.data
                 where = (home.name, f"shots{number}") if number else (home.name,)
-                found = grid.cells(method, where, data, list(home.sets))
+                found = grid_cells(grid, method, where, data, list(home.sets))
                 entries.append(
                     Entry(
                         method.label,

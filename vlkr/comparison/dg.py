@@ -7,11 +7,13 @@ from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from vlkr.comparison.commands import Selection
 from vlkr.comparison.compare import DIFFERENCES
 from vlkr.comparison.figures import plot_bars, plot_calibration
-from vlkr.comparison.grid import GridOptions, Method, candidate
+from vlkr.comparison.grid import Method, candidate, grid_cells, resolved
+from vlkr.comparison.options import GridOptions
 from vlkr.comparison.outcomes import Collected, Outcome
 from vlkr.comparison.plan import ZERO_SHOT, Candidate, Cell, Entry, EvalSet, Plan, Reading
 from vlkr.comparison.report import Picture, Report
@@ -43,7 +45,6 @@ from vlkr.comparison.tables import (
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 
-Selection = Literal["training-domain", "leave-one-domain-out", "oracle"]
 VALIDATION = "(validation)"
 RULES = {
     "training-domain": "training-domain validation (held-out images of the training domains)",
@@ -52,41 +53,16 @@ RULES = {
 }
 
 
-def dg(
-    output: Path = Path("runs/dg"),
-    selection: Selection = "training-domain",
-    holdout: float = 0.2,
-    **grid: Any,
-) -> Found:
-    """Domain generalization: adapts to all domains but one, and tests on that one, in turn.
-
-    As in DomainBed (Gulrajani and Lopez-Paz, 2021, arXiv 2007.01434): a part of every domain is
-    held out; training sees the rest of the training domains, and the accuracy is that on the rest
-    of the test domain. What is chosen, among the learning rates and epochs that are given, is
-    chosen per method and test domain by the mean over seeds.
-
-    Args:
-        output: folder of the cells and of the report.
-        selection: ``training-domain`` chooses by the held-out images of the training domains;
-            ``leave-one-domain-out`` by every training domain in turn, left out of training too;
-            ``oracle`` by the held-out images of the test domain.
-        holdout: part of each domain that is held out, of trees without splits of their own.
-        **grid: options of :class:`~vlkr.comparison.grid.GridOptions`; ``data.root`` is a tree
-            ``<domain>/<class>/<image>``, and ``data.domains`` names some of its domains.
-
-    Raises:
-        VlkrError: for a dataset without domains, or any option that does not make sense, before
-            anything is written.
-    """
-    options = GridOptions(**grid)
-    data = replace(options.data.absolute(), test_fraction=holdout)
+def run_dg(grid: GridOptions, output: Path, selection: Selection, holdout: float) -> Found:
+    """What :func:`~vlkr.comparison.commands.dg` does."""
+    data = replace(grid.data.absolute(), test_fraction=holdout)
     if data.val_fraction is None:
         data = replace(data, val_fraction=0.0)  # the held-out images validate, once a cell
 
     def plan() -> Plan:
-        return dg_plan(options, data, _domains(options, data, selection), selection)
+        return dg_plan(grid, data, _domains(grid, data, selection), selection)
 
-    return run_grid(options, output, plan, lambda found: dg_report(found, output))
+    return run_grid(grid, output, plan, lambda found: dg_report(found, output))
 
 
 def _domains(grid: GridOptions, data: DataOptions, selection: Selection) -> list[str]:
@@ -122,14 +98,14 @@ def dg_plan(grid: GridOptions, data: DataOptions, domains: list[str], selection:
     def without(left_out: tuple[str, ...], method: Method, sets: list[EvalSet]) -> Any:
         kept = [domain for domain in domains if domain not in left_out]
         where = ("without", *left_out)
-        found = grid.cells(method, where, replace(data, domains=kept), sets)
+        found = grid_cells(grid, method, where, replace(data, domains=kept), sets)
         cells.extend(cell for _, own in found for cell in own)
         return found
 
-    for method in grid.resolved():
+    for method in resolved(grid):
         if method.kind == ZERO_SHOT:
             sets = [on(domain, [domain], "train") for domain in domains]
-            [(setting, own)] = grid.cells(method, (data_name(data),), data, sets)
+            [(setting, own)] = grid_cells(grid, method, (data_name(data),), data, sets)
             cells += own
             entries += [
                 Entry(method.label, {"domain": d}, (candidate(setting, own, None),), (d,))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlkr.datasets import DataOptions, Dataset
-from vlkr.evaluation.runs import run_options
 from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
 ZERO_SHOT, PROBE, RUN = "zero-shot", "probe", "run"
@@ -81,11 +80,13 @@ class Cell:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Cell:
         """The cell that :meth:`to_json` told."""
-        sets = tuple(EvalSet(s["name"], _data(s["data"]), s["split"]) for s in found["sets"])
+        sets = tuple(
+            EvalSet(s["name"], DataOptions.read(s["data"]), s["split"]) for s in found["sets"]
+        )
         return cls(
             **{
                 **found,
-                "data": _data(found["data"]),
+                "data": DataOptions.read(found["data"]),
                 "sets": sets,
                 "adapter": AdapterOptions(**found["adapter"]),
                 "optimizer": OptimizerOptions(**found["optimizer"]),
@@ -166,10 +167,6 @@ def slug(*parts: object) -> str:
     'wds_digits-lora_rank=2-seed1'
     """
     return "-".join(re.sub(r"[^\w.=+]+", "_", str(part)) for part in parts)
-
-
-def _data(found: dict[str, Any]) -> DataOptions:
-    return run_options({"data": found})
 
 
 def _without_neutral(value: Any) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 
 from vlkr.comparison.dry_run import DryRun, dry_run
 from vlkr.comparison.engine import CellsDone, run_cells, run_plan
-from vlkr.comparison.grid import GridOptions
+from vlkr.comparison.grid import check_grid, resolved
+from vlkr.comparison.options import GridOptions
 from vlkr.comparison.outcomes import Collected, collect
 from vlkr.comparison.plan import EvalSet, Plan
 from vlkr.comparison.report import Report, write_report
@@ -40,7 +41,7 @@ def run_grid(
     """
     if grid.cell:
         return run_cells(output, grid.cell)
-    grid.check()
+    check_grid(grid)
     plan = make_plan()
     if grid.dry_run:
         return dry_run(plan)
@@ -128,7 +129,7 @@ def at_hand(data: DataOptions, *, needed: bool) -> Dataset | None:
 def base_context(grid: GridOptions) -> dict[str, Any]:
     """What the numbers of every grid depend on, as far as it is known beforehand."""
     pretrained = {} if grid.pretrained is None else {"pretrained": grid.pretrained}
-    trained = any(method.kind == "adapter" for method in grid.resolved())
+    trained = any(method.kind == "adapter" for method in resolved(grid))
     recipe = {
         "budget": grid.budget,
         "targets": " ".join(grid.targets),

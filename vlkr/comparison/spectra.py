@@ -6,7 +6,7 @@ from vlkr.comparison.outcomes import Collected
 from vlkr.comparison.report import Picture
 from vlkr.comparison.tables import Table
 from vlkr.evaluation.runs import load_run
-from vlkr.evaluation.spectrum import model_spectra
+from vlkr.evaluation.spectra import model_spectra
 from vlkr.evaluation.spectrum_report import NOTE, Run, Spectra, plot_curves
 
 

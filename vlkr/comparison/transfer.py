@@ -12,7 +12,8 @@ from typing import Any
 
 from vlkr.comparison.compare import DIFFERENCES
 from vlkr.comparison.figures import plot_bars, plot_calibration, plot_home_against_shift
-from vlkr.comparison.grid import GridOptions, candidate
+from vlkr.comparison.grid import candidate, grid_cells, resolved
+from vlkr.comparison.options import GridOptions
 from vlkr.comparison.outcomes import Collected, Outcome
 from vlkr.comparison.plan import RUN, ZERO_SHOT, Candidate, Cell, Entry, EvalSet, Plan, slug
 from vlkr.comparison.report import Picture, Report
@@ -47,38 +48,18 @@ from vlkr.evaluation.runs import run_config, run_options
 NEW = " (new classes)"
 
 
-def transfer(
-    output: Path = Path("runs/transfer"),
-    run: list[Path] | None = None,
-    datasets: list[str] | None = None,
-    **grid: Any,
+def run_transfer(
+    grid: GridOptions, output: Path, run: list[Path] | None, datasets: list[str] | None
 ) -> Found:
-    """Adapts to one dataset and measures on it and on others, zero-shot before and adapted after.
-
-    The others show what is gained under shift (ImageNet -> V2, A, R, Sketch, ObjectNet, each with
-    its own classes), on other tasks, and what is forgotten. With ``data.classes base`` the new
-    half of the classes is among them, and the harmonic mean of both is shown (Zhou et al., 2022,
-    CoCoOp).
-
-    Args:
-        output: folder of the cells and of the report.
-        run: folders written by ``vlkr adapt``, all on one dataset; nothing is trained then.
-        datasets: cards' names or folders to measure on beside the one adapted to; by default the
-            shifts of its card.
-        **grid: options of :class:`~vlkr.comparison.grid.GridOptions`; ``data`` is adapted to.
-
-    Raises:
-        VlkrError: for any option that does not make sense, before anything is written.
-    """
-    options = GridOptions(**grid)
-    if ZERO_SHOT not in [m.kind for m in options.resolved()]:
-        options = replace(options, methods=[ZERO_SHOT, *options.methods])
+    """What :func:`~vlkr.comparison.commands.transfer` does."""
+    if ZERO_SHOT not in [m.kind for m in resolved(grid)]:
+        grid = replace(grid, methods=[ZERO_SHOT, *grid.methods])
 
     def plan() -> Plan:
         configs = {folder.resolve(): run_config(folder) for folder in run or ()}
-        return transfer_plan(options, configs, datasets)
+        return transfer_plan(grid, configs, datasets)
 
-    return run_grid(options, output, plan, lambda found: transfer_report(found, output))
+    return run_grid(grid, output, plan, lambda found: transfer_report(found, output))
 
 
 def transfer_plan(
@@ -98,10 +79,10 @@ def transfer_plan(
     names = tuple(chosen.name for chosen in sets)
     cells: list[Cell] = []
     entries: list[Entry] = []
-    for method in grid.resolved():
+    for method in resolved(grid):
         if runs and method.kind != ZERO_SHOT:
             continue
-        found = grid.cells(method, (names[0],), data, sets)
+        found = grid_cells(grid, method, (names[0],), data, sets)
         candidates = tuple(candidate(setting, own, None) for setting, own in found)
         entries.append(Entry(method.label, {"source": names[0]}, candidates, names))
         cells += [cell for _, own in found for cell in own]

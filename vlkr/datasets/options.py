@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from jsonargparse import ArgumentError, ArgumentParser
 
 from vlkr.datasets.registry import Dataset, described, load_dataset
 from vlkr.datasets.splits import half_of_classes, read_split
@@ -71,6 +73,23 @@ class DataOptions:
     memory_gb: float = 4.0
     shuffle_buffer: int = 1024
     allow_commands: bool = False
+
+    @classmethod
+    def read(cls, found: dict[str, Any]) -> DataOptions:
+        """From a file: the options by their names, others passed over.
+
+        Raises:
+            VlkrError: if a value is of another type.
+        """
+        known = {field.name for field in fields(cls)}
+        data = {name: value for name, value in found.items() if name in known}
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls, "data")
+        try:
+            options: DataOptions = parser.instantiate(parser.parse_object({"data": data})).data
+        except ArgumentError as error:
+            raise VlkrError(f"the configuration of the data is not valid: {error}") from error
+        return options
 
     def context(self) -> dict[str, Any]:
         """Which images are trained on, for captions; None for what is as usual."""

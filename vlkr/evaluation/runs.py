@@ -2,12 +2,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
 from vlkr.adapters import load_adapter, save_adapter, set_adapter_scale
 from vlkr.adapters.inject import hosts
@@ -110,16 +109,7 @@ def run_options(config: dict[str, Any]) -> DataOptions:
     Raises:
         VlkrError: if a value is of another type.
     """
-    known = {field.name for field in fields(DataOptions)}
-    data = {name: value for name, value in config["data"].items() if name in known}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(DataOptions, "data")
-    try:
-        parsed = parser.instantiate(parser.parse_object({"data": data}))
-    except ArgumentError as error:
-        raise VlkrError(f"the run's configuration of its data is not valid: {error}") from error
-    options: DataOptions = parsed.data
-    return options
+    return DataOptions.read(config["data"])
 
 
 def run_dataset(config: dict[str, Any]) -> Dataset:

@@ -1,19 +1,23 @@
-"""From a full fine-tune to an adapter: the nearest one, with its error for each layer."""
+"""The command ``vlkr project``: the adapter that is nearest to a full fine-tune.
+
+Heavy imports wait until it runs, so that help is quick.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from vlkr.adapters import Projected, project_model, save_adapter
 from vlkr.evaluation.report import rich_table
 from vlkr.files import check_free
-from vlkr.models.clip import load_clip
 from vlkr.training.options import AdapterOptions
+
+if TYPE_CHECKING:
+    from vlkr.adapters import Projected
 
 
 @dataclass
@@ -53,7 +57,7 @@ class ProjectResult:
         console.print(f"Adapter: {self.output}", highlight=False, markup=False)
 
 
-def project(
+def project_fine_tune(
     output: Path,
     base: str,
     tuned: str,
@@ -79,6 +83,9 @@ def project(
     Raises:
         VlkrError: if a model cannot be read, or the two differ in shape.
     """
+    from vlkr.adapters import project_model, save_adapter
+    from vlkr.models.clip import load_clip
+
     check_free(output, force=force)
     first, second = load_clip(base, base_pretrained), load_clip(tuned, tuned_pretrained)
     layers = project_model(

@@ -1,0 +1,87 @@
+"""The options that all grids share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlkr.comparison.plan import PROBE, ZERO_SHOT
+from vlkr.datasets import DataOptions
+from vlkr.training.options import OptimizerOptions, TrainerOptions
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """A method of a grid.
+
+    Args:
+        name: ``zero-shot``, ``probe`` (logistic regression on frozen image features), or an
+            adapter such as ``kradapter``; ``full`` trains the same weights fully.
+        label: in tables; the name by default.
+        options: of the adapter, e.g. ``{rank: 8}``.
+        lrs: learning rates to choose from, in place of the grid's.
+        epochs: numbers of epochs to choose from, in place of the grid's.
+    """
+
+    name: str
+    label: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    lrs: list[float] | None = None
+    epochs: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """What ``compare``, ``dg`` and ``transfer`` have in common.
+
+    Args:
+        model: ``tiny``, an open_clip name, ``hf-hub:org/repo``, ``local-dir:/path`` or
+            ``timm:NAME``.
+        pretrained: open_clip's tag or a path of weights.
+        methods: names, or mappings with ``name``, ``label``, ``options``, ``lrs``, ``epochs``.
+        reference: label of the method that the others are compared with.
+        budget: ``match METHOD`` gives every adapter whose size can be chosen that method's
+            parameter count; ``own`` leaves all as they are.
+        seeds: of the few-shot split, the initial factors, the order and the augmentation.
+        lrs: learning rates to choose from on validation; ``optimizer.lr`` by default.
+        epochs: numbers of epochs to choose from on validation; ``trainer.epochs`` by default.
+        steps_per_shot: train for this many steps times shots, spread over the epochs, in place of
+            ``data.min_steps_per_epoch``.
+        targets: short names (``q k v qkv out fc1 fc2``) or shell patterns of module names.
+        towers: ``visual``, ``text`` or both.
+        blocks: indices of transformer blocks, negative from the end; none takes all.
+        data: dataset, shots and batches.
+        optimizer: weight decay and its kin.
+        trainer: precision and device.
+        jobs: processes, each with one thread; 1 computes in this one, 0 only reports what is done.
+        launcher: ``local``, or a command for a scheduler that gets each cell's own command in
+            place of ``{command}``, and its name in place of ``{cell}``:
+            ``sbatch --job-name {cell} --wrap {command}``.
+        cell: compute these cells of the plan in ``output`` and nothing else, ``all`` for every one
+            that is left; needs no other option.
+        dry_run: print the plan, compute nothing.
+        force: compute cells again whose configuration has changed.
+    """
+
+    model: str = "tiny"
+    pretrained: str | None = None
+    methods: list[str | MethodOptions] = field(
+        default_factory=lambda: [ZERO_SHOT, PROBE, "kradapter", "lora", "full"]
+    )
+    reference: str = "lora"
+    budget: str = "match kradapter"
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3])
+    lrs: list[float] | None = None
+    epochs: list[int] | None = None
+    steps_per_shot: int | None = None
+    targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "out", "fc1", "fc2"])
+    towers: list[str] = field(default_factory=lambda: ["visual", "text"])
+    blocks: list[int] | None = None
+    data: DataOptions = DataOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    trainer: TrainerOptions = TrainerOptions()
+    jobs: int = 1
+    launcher: str = "local"
+    cell: list[str] | None = None
+    dry_run: bool = False
+    force: bool = False
