@@ -231,7 +231,7 @@ def test_result_is_shown_without_json(call, capsys):
         (["--output", "x", "--outp", "y"], "unknown option --outp; did you mean --output?"),
         (["--output", "x", "--batch-size", "two"], "--batch-size expects int, not two"),
         (["--output", "x", "--lr", "nan"], "--lr expects float, not nan"),
-        (["--output", "x", "--flip", "maybe"], "--flip expects bool, not maybe"),
+        (["--output", "x", "--flip", "maybe"], "--flip expects true or false, not maybe"),
         (["--output", "x", "--blocks", "a"], "--blocks expects Optional[list[int]], not ['a']"),
         (["--output", "x", "--scale", "1"], "--scale expects tuple[float, float], not ['1']"),
         (["--output", "x", "--config"], "no config file ''"),

@@ -358,7 +358,8 @@ def _explain(error: str, types: dict[str, Any]) -> str:
     if wrong := re.match(r'Parser key "([\w.]+)":', error):
         values = re.findall(r"(?:Got|Given) value: (.*)", error)
         if values and wrong[1] in types:
-            expected = _plain(str(types[wrong[1]]))
+            kind = types[wrong[1]]
+            expected = "true or false" if kind is bool else _plain(str(kind))
             return f"{_kebab('--' + wrong[1])} expects {expected}, not {values[-1]}"
     if unknown := re.match(r"unrecognized arguments: (\S+)", error):
         name = unknown[1].partition("=")[0]

@@ -12,8 +12,10 @@ from helpers import write_images
 from safetensors.numpy import load_file
 from scipy.stats import binomtest
 
+from vlkr.comparison import figures
 from vlkr.comparison.commands import compare
-from vlkr.comparison.options import MethodOptions
+from vlkr.comparison.options import GridOptions, MethodOptions
+from vlkr.comparison.running import base_context
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate
@@ -249,7 +251,8 @@ def test_every_number_has_its_context(report):
         "shots 1 4",
         "seeds 1 2",
         "checkpoint last iteration",
-        "learning rate and epochs by mean validation accuracy",
+        "learning rate by mean validation accuracy per method",
+        "epochs 1",
         "budget match kradapter",
     ):
         assert part in text
@@ -322,3 +325,42 @@ def test_wrong_options_write_nothing(options, tmp_path, changes, message):
     with pytest.raises(VlkrError, match=message):
         compare(tmp_path / "out", **(options | {"methods": ["zero-shot"]} | changes))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("points", [[(80, 60), (90, 65)], [(30, 20)]])
+def test_home_against_shift_shows_the_points_and_little_else(report, points, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    places = [{"dataset": "colors", "shots": i} for i in range(len(points))]
+    figures.plot_home_against_shift(
+        report.collected,
+        places,
+        lambda method, place: [points[place["shots"]][0] / 100],
+        lambda method, place: [points[place["shots"]][1] / 100],
+        ("home", "shift"),
+        report.output,
+    )
+    (axes,) = drawn[0].axes
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    assert all(left < x < right and low < y < high for x, y in points)
+    assert right - left < 15
+    assert high - low < 10
+
+
+@pytest.mark.parametrize(
+    ("methods", "rate"),
+    [
+        (["kradapter", "lora"], "0.01"),
+        ([MethodOptions("kradapter", lrs=[0.002]), "lora"], "0.002 of kradapter, 0.01 of lora"),
+        ([MethodOptions("kradapter", lrs=[0.002, 0.1]), "lora"], "by mean validation accuracy"),
+    ],
+)
+def test_the_learning_rate_is_told(methods, rate, options):
+    context = base_context(GridOptions(**options, methods=methods), "by mean validation accuracy")
+    assert context["learning rate"] == rate
+    assert context["epochs"] == "1"
+
+
+def test_zero_shot_has_no_learning_rate(options):
+    context = base_context(GridOptions(**options, methods=["zero-shot", "probe"]), "unused")
+    assert "learning rate" not in context

@@ -134,11 +134,11 @@ def compare_plan(grid: GridOptions, homes: list[Home], shots: list[int]) -> Plan
                     )
                 )
                 cells += [cell for _, own in found for cell in own]
-    context = base_context(grid) | {
+    choice = "by mean validation accuracy per method, dataset and shots"
+    context = base_context(grid, choice) | {
         "datasets": " ".join(home.name for home in homes),
         "shots": " ".join(map(str, shots)),
         "split": "test",
-        "learning rate and epochs": "by mean validation accuracy, per method, dataset and shots",
     }
     return Plan("compare", tuple(cells), tuple(entries), grid.reference, context)
 

@@ -130,7 +130,7 @@ def dg_plan(grid: GridOptions, data: DataOptions, domains: list[str], selection:
                 candidates = [replace(c, readings=_readings(c, test, pairs)) for c in candidates]
             entries.append(Entry(method.label, {"domain": test}, tuple(candidates), (test,)))
     shots = f"{data.shots}{' a domain' if data.per_domain else ''}"
-    context = base_context(grid) | {
+    context = base_context(grid, "by the model selection per method and test domain") | {
         "dataset": data_name(data),
         "domains": " ".join(domains),
         **(

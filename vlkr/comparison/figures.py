@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -86,6 +87,7 @@ def plot_home_against_shift(
             continue
         x, y = zip(*points, strict=True)
         axes.plot(x, y, "o-", color=color, label=method, markersize=5, linewidth=1)
+    axes.axis(axes.axis())  # the diagonal does not widen what is shown
     axes.axline((50, 50), slope=1, color="black", linewidth=0.6, linestyle=":")
     axes.set_xlabel(f"{labels[0]}, top-1 %")
     axes.set_ylabel(f"{labels[1]}, top-1 %")
@@ -109,7 +111,7 @@ def plot_bars(
             [j + offset for j, _ in values],
             [100 * statistics.mean(v) for _, v in values],
             width,
-            yerr=[100 * statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in values],
+            yerr=[100 * statistics.stdev(v) if len(v) > 1 else math.nan for _, v in values],
             error_kw={"linewidth": 0.8},
             capsize=2,
             color=color,

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlkr.comparison.dry_run import DryRun, dry_run
 from vlkr.comparison.engine import CellsDone, run_cells, run_plan
-from vlkr.comparison.grid import check_grid, resolved
+from vlkr.comparison.grid import Method, check_grid, resolved
 from vlkr.comparison.options import GridOptions
 from vlkr.comparison.outcomes import Collected, collect
 from vlkr.comparison.plan import EvalSet, Plan
@@ -126,10 +126,15 @@ def at_hand(data: DataOptions, *, needed: bool) -> Dataset | None:
         return data.described()
 
 
-def base_context(grid: GridOptions) -> dict[str, Any]:
-    """What the numbers of every grid depend on, as far as it is known beforehand."""
+def base_context(grid: GridOptions, choice: str) -> dict[str, Any]:
+    """What the numbers of every grid depend on, as far as it is known beforehand.
+
+    Args:
+        grid: options.
+        choice: how learning rate and epochs are chosen, where there are several.
+    """
     pretrained = {} if grid.pretrained is None else {"pretrained": grid.pretrained}
-    trained = any(method.kind == "adapter" for method in resolved(grid))
+    trained = [method for method in resolved(grid) if method.kind == "adapter"]
     recipe = {
         "budget": grid.budget,
         "targets": " ".join(grid.targets),
@@ -137,6 +142,8 @@ def base_context(grid: GridOptions) -> dict[str, Any]:
         **({} if grid.blocks is None else {"blocks": " ".join(map(str, grid.blocks))}),
         "batch size": grid.data.batch_size,
         "weight decay": grid.optimizer.weight_decay,
+        "learning rate": _values(trained, "lr", choice),
+        "epochs": _values(trained, "epochs", choice),
     }
     return {
         "model": grid.model,
@@ -146,6 +153,17 @@ def base_context(grid: GridOptions) -> dict[str, Any]:
         "checkpoint": "last iteration",
         "spread": "standard deviation over seeds",
     }
+
+
+def _values(methods: Sequence[Method], key: str, choice: str) -> str:
+    """What a setting is: a value, one for each method, or what is chosen from how."""
+    values = {m.label: " ".join(dict.fromkeys(f"{s[key]:g}" for s in m.settings)) for m in methods}
+    several = set(values.values())
+    if any(" " in value for value in several):
+        return choice
+    if len(several) == 1:
+        return several.pop()
+    return ", ".join(f"{value} of {label}" for label, value in values.items())
 
 
 def found_context(collected: Collected) -> dict[str, Any]:

@@ -104,16 +104,13 @@ def transfer_plan(
         ids = tuple(cell.id for cell in own)
         entries.append(Entry(label, {"source": names[0]}, (Candidate({}, ids),), names))
         cells += own
-    context = base_context(grid)
+    context = base_context(grid, "by mean validation accuracy at home per method")
     if runs:
         context["seeds"] = " ".join(str(config["seed"]) for config in runs.values())
-        for key in ("budget", "targets", "towers", "blocks", "batch size", "weight decay"):
-            context.pop(key, None)
     context |= {
         "adapted to": names[0],
         **{key: value for key, value in data.context().items() if value is not None},
         "split": "test",
-        "learning rate and epochs": "by mean validation accuracy at home, per method",
     }
     return Plan("transfer", tuple(cells), tuple(entries), grid.reference, context)
 
