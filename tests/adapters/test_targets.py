@@ -1,3 +1,4 @@
+import open_clip
 import pytest
 import timm
 import torch
@@ -265,3 +266,14 @@ def test_any_module_name_can_be_a_target(name):
     model[0].add_module(name, nn.Linear(4, 4))
     found = add_adapters(model, "kradapter", targets=[f"0.{name}"])
     assert [t.module for t in found] == [f"0.{name}"]
+
+
+def test_a_tower_that_short_names_do_not_reach_is_told():
+    with torch.device("meta"):
+        resnet = open_clip.create_model("RN50", load_weights=False, device="meta")
+    with pytest.warns(UserWarning, match="the visual tower has nothing to adapt"):
+        found = find_targets(resnet)
+    assert {target.tower for target in found} == {"text"}
+    assert paths(resnet, ["visual.attnpool.*_proj", "q"])  # a pattern says what is meant
+    with pytest.raises(VlkrError, match="matches nothing"):
+        find_targets(resnet, towers=["visual"])

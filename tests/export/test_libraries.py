@@ -14,10 +14,11 @@ from PIL import Image
 from vlkr.adapters import load_adapter, merge_adapters
 from vlkr.errors import VlkrError
 from vlkr.evaluation.runs import load_run
+from vlkr.export import timm as timm_export
 from vlkr.export.export import export
 from vlkr.export.exporter import load_export, load_subject
 from vlkr.export.preprocessing import Preprocessing
-from vlkr.models.clip import load_clip
+from vlkr.models.clip import clip_shapes, load_clip
 
 
 def merged(run):
@@ -112,6 +113,7 @@ def test_transformers_of_other_architectures(name, write_model, make_run, digit_
         ({"resize_mode": "longest"}, "no resize mode 'longest'"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:the visual tower has nothing to adapt")
 def test_transformers_refuses_what_it_cannot_hold(
     changes, message, write_model, make_run, tmp_path
 ):
@@ -196,3 +198,18 @@ def test_colour_of_the_padding(name, write_model, make_run, tmp_path):
     image = Image.new("RGB", (30, 10), (255, 0, 0))
     assert torch.equal(transform(image), own(image))
     assert len(own(image).unique()) > 3
+
+
+@pytest.mark.parametrize(
+    "name", ["convnext_tiny", "EVA02-B-16", "PE-Core-T-16-384", "MobileCLIP-S1", "ViTamin-S"]
+)
+def test_timm_builds_the_towers_of_open_clip(name):
+    trunk = clip_shapes(name).visual.trunk
+    with torch.device("meta"):
+        built = timm.create_model(
+            trunk.pretrained_cfg["architecture"],
+            num_classes=trunk.num_classes,
+            **timm_export._arguments(trunk),
+        )
+    shapes = {key: tensor.shape for key, tensor in trunk.state_dict().items()}
+    assert {key: tensor.shape for key, tensor in built.state_dict().items()} == shapes

@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -181,6 +182,8 @@ def find_targets(
     if not found:
         raise VlkrError(_nothing_matched(" ".join(targets), within, everything))
     _check_overlap(list(found))
+    if blocks is None and all(pattern in SHORT_NAMES for pattern in targets):
+        _tell_untouched({t.tower for t in everything}.intersection(towers), list(found))
     return [t for t in within if t in found]
 
 
@@ -210,6 +213,16 @@ def _matches(target: Target, pattern: str, *, in_block: bool) -> bool:
         names.append(f"{target.module}.{target.slot.parameter}".lstrip("."))
         names.append(names[-1].removesuffix(".weight"))
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def _tell_untouched(towers: Iterable[str | None], found: list[Target]) -> None:
+    """Warns of a tower, such as a ResNet, that has none of what short names mean."""
+    for tower in sorted(set(map(str, towers)) - {str(target.tower) for target in found}):
+        warnings.warn(
+            f"the {tower} tower has nothing to adapt under these names and stays as it is; "
+            "targets may also be patterns of module names",
+            stacklevel=2,
+        )
 
 
 def _in_blocks(targets: list[Target], blocks: Sequence[int]) -> list[Target]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,10 @@ def _arguments(trunk: Any) -> dict[str, Any]:
     if isinstance(pool := getattr(trunk, "global_pool", None), str):
         args["global_pool"] = pool
     if isinstance(norm := getattr(trunk, "fc_norm", None), nn.Module):
-        args["fc_norm"] = not isinstance(norm, nn.Identity)
+        # EVA and BEiT name the option otherwise than ViT.
+        known = inspect.signature(type(trunk)).parameters
+        name = "use_fc_norm" if "use_fc_norm" in known else "fc_norm"
+        args[name] = not isinstance(norm, nn.Identity)
     size = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
     if size is not None and tuple(size) != tuple(trunk.pretrained_cfg["input_size"][1:]):
         args["img_size"] = list(size)
