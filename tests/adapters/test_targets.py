@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import open_clip
 import pytest
 import timm
@@ -272,8 +274,10 @@ def test_a_tower_that_short_names_do_not_reach_is_told():
     with torch.device("meta"):
         resnet = open_clip.create_model("RN50", load_weights=False, device="meta")
     with pytest.warns(UserWarning, match="the visual tower has nothing to adapt"):
-        found = find_targets(resnet)
+        found = add_adapters(deepcopy(resnet), "lora")
     assert {target.tower for target in found} == {"text"}
-    assert paths(resnet, ["visual.attnpool.*_proj", "q"])  # a pattern says what is meant
-    with pytest.raises(VlkrError, match="matches nothing"):
-        find_targets(resnet, towers=["visual"])
+    add_adapters(
+        deepcopy(resnet), "lora", targets=["visual.attnpool.*_proj"]
+    )
+    add_adapters(deepcopy(resnet), "lora", blocks=[0])
+    add_adapters(resnet, "lora", towers=["text"])

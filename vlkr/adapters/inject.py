@@ -14,7 +14,13 @@ from vlkr.adapters.attention import AdaptedMultiheadAttention, AdaptedParameters
 from vlkr.adapters.base import Adapter
 from vlkr.adapters.linear import AdaptedLinear, AdapterHost, Slot, compose
 from vlkr.adapters.registry import adapter_class, check_options
-from vlkr.adapters.targets import DEFAULT_TARGETS, Target, bias_targets, find_targets
+from vlkr.adapters.targets import (
+    DEFAULT_TARGETS,
+    Target,
+    bias_targets,
+    find_targets,
+    warn_of_untouched,
+)
 from vlkr.errors import VlkrError
 
 
@@ -50,6 +56,8 @@ def add_adapters(
     """
     check_options(method, options)
     found = find_targets(model, targets, towers, blocks)
+    if blocks is None:
+        warn_of_untouched(model, found, targets, towers)
     cls = adapter_class(method)
     if cls.adapts_bias:
         found = bias_targets(model, found)

@@ -11,7 +11,7 @@ import difflib
 import fnmatch
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -182,9 +182,30 @@ def find_targets(
     if not found:
         raise VlkrError(_nothing_matched(" ".join(targets), within, everything))
     _check_overlap(list(found))
-    if blocks is None and all(pattern in SHORT_NAMES for pattern in targets):
-        _tell_untouched({t.tower for t in everything}.intersection(towers), list(found))
     return [t for t in within if t in found]
+
+
+def warn_of_untouched(
+    model: nn.Module, found: Sequence[Target], targets: Sequence[str], towers: Sequence[str]
+) -> None:
+    """Warns of a tower, such as a ResNet, that has nothing of what short names mean.
+
+    Args:
+        model: any module.
+        found: by :func:`find_targets`.
+        targets: short names; patterns say themselves what is meant.
+        towers: that were asked for.
+    """
+    names = {targets} if isinstance(targets, str) else set(targets)
+    if not names <= set(SHORT_NAMES):
+        return
+    untouched = {t.tower for t in candidates(model)} - {t.tower for t in found}
+    for tower in untouched.intersection(towers):
+        warnings.warn(
+            f"the {tower} tower has nothing to adapt under these names and stays as it is; "
+            "targets may also be patterns of module names",
+            stacklevel=3,
+        )
 
 
 def bias_targets(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
@@ -213,16 +234,6 @@ def _matches(target: Target, pattern: str, *, in_block: bool) -> bool:
         names.append(f"{target.module}.{target.slot.parameter}".lstrip("."))
         names.append(names[-1].removesuffix(".weight"))
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
-
-
-def _tell_untouched(towers: Iterable[str | None], found: list[Target]) -> None:
-    """Warns of a tower, such as a ResNet, that has none of what short names mean."""
-    for tower in sorted(set(map(str, towers)) - {str(target.tower) for target in found}):
-        warnings.warn(
-            f"the {tower} tower has nothing to adapt under these names and stays as it is; "
-            "targets may also be patterns of module names",
-            stacklevel=2,
-        )
 
 
 def _in_blocks(targets: list[Target], blocks: Sequence[int]) -> list[Target]:
