@@ -276,8 +276,6 @@ def test_a_tower_that_short_names_do_not_reach_is_told():
     with pytest.warns(UserWarning, match="the visual tower has nothing to adapt"):
         found = add_adapters(deepcopy(resnet), "lora")
     assert {target.tower for target in found} == {"text"}
-    add_adapters(
-        deepcopy(resnet), "lora", targets=["visual.attnpool.*_proj"]
-    )
+    add_adapters(deepcopy(resnet), "lora", targets=["visual.attnpool.*_proj"])
     add_adapters(deepcopy(resnet), "lora", blocks=[0])
     add_adapters(resnet, "lora", towers=["text"])

@@ -5,6 +5,7 @@ import json
 import open_clip
 import pytest
 import timm
+import tokenizers
 import torch
 import transformers
 from helpers import tree
@@ -213,3 +214,52 @@ def test_timm_builds_the_towers_of_open_clip(name):
         )
     shapes = {key: tensor.shape for key, tensor in trunk.state_dict().items()}
     assert {key: tensor.shape for key, tensor in built.state_dict().items()} == shapes
+
+
+def write_tokenizer(folder):
+    """Words as tokens, in the files of transformers' tokenizers."""
+    words = ["<pad>", "</s>", "<unk>", "a", "photo", "of", "the", "digit", "zero", "one", "two"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+def test_a_model_in_the_manner_of_siglip(write_model, make_run, digit_images, tmp_path):
+    vision = {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"}
+    text = {
+        "context_length": 16,
+        "hf_tokenizer_name": "timm/ViT-B-16-SigLIP2",
+        "tokenizer_kwargs": {"clean": "canonicalize"},
+        "no_causal_mask": True,
+        "proj_bias": True,
+        "pool_type": "last",
+    }
+    clip = write_model(
+        tmp_path / "clip",
+        vision_cfg={"image_size": 32, **vision},
+        text_cfg=text,
+        custom_text=True,
+        embed_dim=64,
+        init_logit_bias=-10.0,
+    )
+    write_tokenizer(tmp_path / "clip")
+    run = make_run(tmp_path / "run", clip, std=0.1)
+    export(run, tmp_path / "out")
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")(["The digit, TWO!"])
+    assert tokens[0].tolist() == [6, 7, 10, 1, *[0] * 12]  # in lower case, without marks, filled up
+    plain = merged(run)
+    pixels = torch.stack([preprocess(image) for image in digit_images[:4]])
+    with torch.no_grad():
+        for found, wanted in (
+            (model.encode_image(pixels), plain.model.encode_image(pixels)),
+            (model.encode_text(tokens), plain.model.encode_text(tokens)),
+        ):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    assert model.logit_bias.item() == -10
