@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import traceback
 import warnings
@@ -156,10 +157,20 @@ def _help(group: str | None = None) -> str:
         for name, command in COMMANDS.items()
         if group is None or name.startswith(f"{group} ")
     }
-    width = max(map(len, commands))
+    width = max(map(len, commands)) + 2
+    columns = min(shutil.get_terminal_size().columns, 100)
+    lines = (
+        textwrap.fill(
+            f"{name:<{width}}{command.summary}",
+            columns,
+            initial_indent="  ",
+            subsequent_indent=" " * (width + 2),
+        )
+        for name, command in commands.items()
+    )
     about = [
-        "Adapt CLIP to a few labelled images per class, measure it at home and under domain",
-        "shift, and export the result as a plain encoder.",
+        "Adapt CLIP to a few labelled images per class, measure it at home and under",
+        "domain shift, and export the result as a plain encoder.",
         "",
     ]
     return "\n".join(
@@ -168,10 +179,11 @@ def _help(group: str | None = None) -> str:
             "",
             *([] if group else about),
             "commands:",
-            *(f"  {name:<{width}}  {command.summary}" for name, command in commands.items()),
+            *lines,
             "",
-            "vlkr COMMAND --help lists a command's options. --config FILE reads them from YAML,",
-            "dotted options behind it override; --json prints the result as JSON. vlkr --version",
+            "vlkr COMMAND --help lists a command's options. --config FILE reads them from",
+            "YAML, dotted options behind it override; --json prints the result as JSON.",
+            "vlkr --version",
         ]
     )
 
@@ -250,6 +262,11 @@ def _run(name: str, arguments: list[str]) -> int:
     parser.add_function_arguments(function, as_positional=False)
     types = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     lists = {name for name, hint in types.items() if re.search(r"\b(list|tuple)\[", str(hint))}
+    # A value behind one of these may be the first positional.
+    flags = {
+        "json",
+        *(n for n, hint in types.items() if hint is bool and COMMANDS[name].positional),
+    }
     for action in parser._actions:
         if types[action.dest] is bool:
             action.nargs, action.const, action.metavar = "?", True, None  # a plain --flag
@@ -257,7 +274,8 @@ def _run(name: str, arguments: list[str]) -> int:
             action.metavar = f"{action.dest.rpartition('.')[2].upper()} ..."
             action.option_strings = action.option_strings[:1]  # without jsonargparse's --option+
     try:
-        named = _named(_normalise(_shipped_config(arguments), lists), positional, lists)
+        normal = _normalise(_shipped_config(arguments), lists, flags)
+        named = _named(normal, positional, lists)
         parsed = parser.parse_args(named)
         options = parser.instantiate(parsed).as_dict()
     except ArgumentError as error:
@@ -281,21 +299,28 @@ def _is_first_process() -> bool:
     return all(os.environ.get(rank, "0") == "0" for rank in ranks)
 
 
-def _normalise(arguments: list[str], lists: Collection[str]) -> list[str]:
+def _normalise(
+    arguments: list[str], lists: Collection[str], flags: Collection[str] = ()
+) -> list[str]:
     """Options and values in jsonargparse's form: names as in Python, lists in brackets.
+
+    Flags take a value only where it is true or false.
 
     >>> _normalise(["--data.batch-size", "8", "--blocks", "0", "-1", "--force"], ["blocks"])
     ['--data.batch_size=8', '--blocks=["0", "-1"]', '--force']
+    >>> _normalise(["--force", "photos"], [], ["force"])
+    ['--force', 'photos']
     """
     found: list[str] = []
     values: list[str] = []
 
     def flush() -> None:
         if values and found and found[-1].startswith("--") and "=" not in found[-1]:
-            if found[-1][2:].rstrip("+") in lists and not _is_yaml_list(values):
+            name = found[-1][2:].rstrip("+")
+            if name in lists and not _is_yaml_list(values):
                 found[-1] += f"={json.dumps(values)}"
                 values.clear()
-            else:
+            elif name not in flags or values[0].lower() in ("true", "false", "yes", "no"):
                 found[-1] += f"={values.pop(0)}"
         found.extend(values)
         values.clear()
@@ -345,6 +370,27 @@ def _plain(text: str) -> str:
     return re.sub(r"\b(?:typing|pathlib)\.", "", text)
 
 
+_WORDS = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "list[int]": "whole numbers",
+    "list[float]": "numbers",
+    "tuple[float, float]": "two numbers",
+    "dict[str, Any]": "a mapping such as '{name: value}', with a space behind the colon",
+}
+
+
+def _in_words(hint: Any) -> str:
+    """A type as a user would call it.
+
+    >>> _in_words(float), _in_words(list[int] | None), _in_words(Path)
+    ('a number', 'whole numbers', 'Path')
+    """
+    text = re.sub(r"^Optional\[(.*)\]$", r"\1", _plain(str(hint)).replace(" | None", ""))
+    return _WORDS.get(text, text)
+
+
 def _explain(error: str, types: dict[str, Any]) -> str:
     """The parser's complaint, as a user would put it.
 
@@ -358,8 +404,7 @@ def _explain(error: str, types: dict[str, Any]) -> str:
     if wrong := re.match(r'Parser key "([\w.]+)":', error):
         values = re.findall(r"(?:Got|Given) value: (.*)", error)
         if values and wrong[1] in types:
-            kind = types[wrong[1]]
-            expected = "true or false" if kind is bool else _plain(str(kind))
+            expected = _in_words(types[wrong[1]])
             return f"{_kebab('--' + wrong[1])} expects {expected}, not {values[-1]}"
     if unknown := re.match(r"unrecognized arguments: (\S+)", error):
         name = unknown[1].partition("=")[0]

@@ -100,3 +100,8 @@ def test_mistakes_are_named(arguments, keywords, named, tiny_clip):
     method, *rest = arguments
     with pytest.raises(VlkrError, match=named):
         match_budget(method, tiny_clip, *rest, **keywords)
+
+
+def test_a_size_that_is_given_is_not_chosen(tiny_clip):
+    with pytest.raises(VlkrError, match="'lora' has its own rank 8, and the budget of 'kradapter'"):
+        match_budget("lora", tiny_clip, rank=8)

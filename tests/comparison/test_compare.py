@@ -122,7 +122,7 @@ def test_budgets_are_equal_but_for_the_ends_of_the_scale(report):
 
 def test_budget_counts_the_options_of_the_method_to_meet(options, tmp_path):
     methods = [MethodOptions("kradapter", options={"num_terms": 3}), "lora"]
-    report = compare(tmp_path / "out", methods=methods, reference="kradapter", **options)
+    report = compare(tmp_path / "out", methods=methods, **options)
     kradapter, lora = (o.results[0].found for o in report.collected.outcomes)
     assert lora["parameters"] == pytest.approx(kradapter["parameters"], rel=0.1)
     own = compare(
@@ -306,11 +306,15 @@ def test_several_datasets_have_their_mean(options, colors, tmp_path):
         ({"budget": "equal"}, "budget 'equal' is neither 'own' nor 'match METHOD'"),
         ({"budget": "match nothing"}, "unknown adapter 'nothing'"),
         ({"seeds": [1, 1]}, "repeats itself"),
+        ({"methods": [MethodOptions("lora", lrs=[1, 1])]}, r"lrs of lora \[1, 1\] is empty or"),
+        ({"methods": [MethodOptions("lora", epochs=[])]}, r"epochs of lora \[\] is empty or"),
+        ({"reference": "loar"}, "reference 'loar' is none of the methods, which are zero-shot"),
         ({"seeds": [-1]}, "seed -1 is out of range"),
         ({"methods": ["lora"], "lrs": [0.0]}, "optimizer.lr 0.0 is out of range"),
         ({"methods": ["lora"], "epochs": [0]}, "trainer.epochs 0 is too small"),
         ({"shots": [0]}, "a number below 1"),
         ({"jobs": -1}, "jobs -1 is negative"),
+        ({"jobs": 0, "force": True}, "jobs 0 computes nothing"),
         ({"steps_per_shot": 0}, "steps_per_shot 0 is too small"),
         ({"launcher": "sbatch"}, "lacks {command}"),
         ({"data": DataOptions("digits", fraction=0.5)}, "data.fraction 0.5 does not go with"),

@@ -165,3 +165,9 @@ def test_refuses(grid, domains, tmp_path, changes, message):
 def test_refuses_a_dataset_without_domains(options, tmp_path):
     with pytest.raises(VlkrError, match="'colors' has no domains, expected 2 or more"):
         dg(tmp_path / "out", **options)
+
+
+def test_the_part_that_is_held_out_has_one_name(grid, tmp_path):
+    data = replace(grid["data"], test_fraction=0.4)
+    with pytest.raises(VlkrError, match=r"data\.test_fraction 0\.4 does not go with dg, whose"):
+        dg(tmp_path / "out", **(grid | {"data": data}))

@@ -192,6 +192,15 @@ def test_damaged_predictions_are_told(copied, options, keep):
         compare(copied, methods=METHODS, jobs=0, **options)
 
 
+def test_an_unfinished_place_has_no_reliability(copied, options):
+    report = compare(copied, methods=["zero-shot", "lora"], shots=[1, 2, 3], jobs=0, **options)
+    names = [picture.name for picture in report.pictures]
+    assert "reliability" in names  # for zero-shot stands for any number of shots
+    report = compare(copied, methods=["lora"], shots=[2, 3], jobs=0, **options)
+    assert "reliability" not in [picture.name for picture in report.pictures]
+    assert (copied / "report.html").is_file()
+
+
 def test_no_jobs_only_collects(copied, options):
     shutil.rmtree(copied / "cells" / "colors-zero_shot")
     report = compare(copied, methods=METHODS, jobs=0, **options)

@@ -1,5 +1,6 @@
 """Before and after, on the dataset adapted to and on others."""
 
+import shutil
 import statistics
 from dataclasses import replace
 
@@ -135,3 +136,42 @@ def test_refuses_runs_that_do_not_belong_together(options, colors, others, tmp_p
         transfer(tmp_path / "out", run=[first, second], datasets=others)
     with pytest.raises(VlkrError, match="no run folder at"):
         transfer(tmp_path / "out", run=[tmp_path / "c"], datasets=others)
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_told_apart(options, colors, others, tmp_path):
+    data = options["data"]
+    for shots in (1, 2):
+        small_run(tmp_path / f"{shots}", options["model"], colors, data=replace(data, shots=shots))
+    runs = [tmp_path / "1", tmp_path / "2"]
+    report = transfer(tmp_path / "out", run=runs, datasets=others)
+    assert [o.entry.method for o in report.collected.outcomes] == [
+        "zero-shot",
+        "kradapter shots=1",
+        "kradapter shots=2",
+    ]
+    assert "shots" not in report.context
+    shutil.copytree(tmp_path / "1", tmp_path / "copy")
+    with pytest.raises(VlkrError, match="2 runs of kradapter have seed 1"):
+        transfer(tmp_path / "more", run=[tmp_path / "1", tmp_path / "copy"], datasets=others)
+
+
+def test_a_run_that_was_trained_anew_is_no_finished_cell(options, colors, others, tmp_path):
+    run = small_run(tmp_path / "run", options["model"], colors).output
+    transfer(tmp_path / "out", run=[run], datasets=others)
+    transfer(tmp_path / "out", run=[run], datasets=others)
+    data = replace(options["data"], shots=1)
+    small_run(run, options["model"], colors, data=data, force=True)
+    with pytest.raises(VlkrError, match="holds a result of another configuration"):
+        transfer(tmp_path / "out", run=[run], datasets=others)
+
+
+def test_an_image_encoder_without_text_has_no_zero_shot(options, colors, others, tmp_path):
+    plan = transfer(
+        tmp_path / "out",
+        methods=["lora"],
+        datasets=others,
+        dry_run=True,
+        model="timm:test_vit",
+        data=options["data"],
+    ).plan
+    assert [entry.method for entry in plan.entries] == ["lora"]

@@ -13,6 +13,7 @@ from vlkr.evaluation.evaluate import evaluate
 from vlkr.evaluation.metrics import effective_robustness
 from vlkr.evaluation.predictions import Predictions
 from vlkr.evaluation.report import evaluation_markdown
+from vlkr.evaluation.runs import run_config
 
 
 def test_shifts_follow_the_home_card_and_are_not_doubled(small):
@@ -166,7 +167,7 @@ def test_damaged_shard_is_told(small, tmp_path):
     ("options", "message"),
     [
         ({}, "either --model NAME or --run DIR"),
-        ({"model": "SMALL", "run": "RUN"}, "either --model NAME or --run DIR"),
+        ({"model": "SMALL", "run": "RUN"}, "either --model NAME or --run DIR, not both"),
         ({"run": "RUN", "pretrained": "openai"}, "--pretrained goes with --model"),
         ({"model": "SMALL", "batch_size": 0}, "batch size 0 is too small"),
         ({"model": "SMALL", "num_workers": -1}, "number of workers -1 is negative"),
@@ -187,3 +188,12 @@ def test_wrong_options(options, message, small, run):
     options = {k: names.get(v, v) if isinstance(v, str) else v for k, v in options.items()}
     with pytest.raises(VlkrError, match=message):
         evaluate(**options)
+
+
+def test_the_test_fraction_is_the_runs_unless_it_is_given(run, colors):
+    def images(**options):
+        return evaluate(run=run, datasets=[str(colors)], device="cpu", **options).home.images
+
+    fraction = run_config(run)["data"]["test_fraction"]
+    assert images() == images(test_fraction=fraction)
+    assert images(test_fraction=0.9) > images() > images(test_fraction=0.1)

@@ -336,3 +336,9 @@ def test_sharing_out_changes_no_digit(order, processes):
     shared = Predictions.joined(parts)
     assert shared == whole
     assert classification_metrics(shared, 4) == classification_metrics(whole, 4)
+
+
+def test_effective_robustness_of_models_that_are_level_at_home():
+    # A line through two points that are nearly above each other is steep, and ends at 0 or 1.
+    assert effective_robustness(0.95, 0.5, [(0.7, 0.6), (0.7002, 0.4)]) == 0.5
+    assert effective_robustness(0.95, 0.5, [(0.7, 0.4), (0.7002, 0.6)]) == -0.5

@@ -13,6 +13,7 @@ from vlkr.adapters import add_adapters
 from vlkr.cli import main
 from vlkr.errors import VlkrError
 from vlkr.evaluation import spectra as module
+from vlkr.evaluation.interpolation import interpolate
 from vlkr.evaluation.report import DatasetResult, Evaluation
 from vlkr.evaluation.spectra import (
     correlations,
@@ -209,3 +210,12 @@ def test_wrong_runs_are_named(run, tmp_path, small, colors):
     assert yaml.safe_load((bias / "config.yaml").read_text())["adapter"]["name"] == "bitfit"
     with pytest.raises(VlkrError, match="changed no weight: 'bitfit'"):
         spectrum([bias])
+
+
+def test_a_scaled_adapter_has_a_scaled_spectrum(run, tmp_path):
+    interpolate(run, shifts=False, alphas=[0.25], save="0.25", output=tmp_path / "quarter")
+    whole, quarter = spectrum([run, tmp_path / "quarter"], shifts=False).runs
+    assert [whole.method, quarter.method] == ["kradapter scale=1.0", "kradapter scale=0.25"]
+    for name in ("frobenius_norm", "ratio"):
+        assert quarter.mean(name) == pytest.approx(0.25 * whole.mean(name), rel=1e-4)
+    assert quarter.mean("effective_rank") == pytest.approx(whole.mean("effective_rank"), rel=1e-4)

@@ -9,18 +9,21 @@ import open_clip
 import pytest
 import timm
 import torch
-from helpers import tree
+from helpers import small_run, tree
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from vlkr.adapters import merge_adapters
 from vlkr.cli import main
+from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
+from vlkr.evaluation.interpolation import interpolate
 from vlkr.evaluation.runs import load_run
 from vlkr.export import exporter, parity
 from vlkr.export.export import export
 from vlkr.export.preprocessing import Preprocessing
+from vlkr.files import resource
 from vlkr.models.clip import load_clip
 
 COMMON = {"README.md", "class_embeddings.safetensors", "vlkr_export.json"}
@@ -335,3 +338,32 @@ def test_preprocessing_that_nobody_has_words_for(changes, known, small):
     else:
         with pytest.raises(VlkrError, match="resizes its images in a way that no format has words"):
             Preprocessing.of(bundle)
+
+
+def test_a_run_on_the_line_to_its_base_keeps_its_strength(run, tmp_path):
+    interpolate(run, shifts=False, alphas=[0.25], save="0.25", output=tmp_path / "quarter")
+    weights = []
+    for name, source, alpha in (("0", run, 0), ("1", run, 1), ("q", tmp_path / "quarter", 1)):
+        export(source, tmp_path / name, alpha=alpha)
+        weights.append(load_file(tmp_path / name / "open_clip_model.safetensors"))
+    base, whole, quarter = weights
+    for key in base:
+        expected = base[key] + 0.25 * (whole[key] - base[key])
+        torch.testing.assert_close(quarter[key], expected, atol=1e-6, rtol=1e-5)
+    assert any((whole[key] - quarter[key]).abs().max() > 1e-4 for key in base)
+    card = (tmp_path / "q" / "README.md").read_text()
+    assert "| adapter's strength (alpha) | 0.25 |" in card
+    assert "top-1" not in card.split("---")[1]  # it was not measured at this strength
+
+
+def test_the_card_names_the_data_and_what_was_drawn(small, colors, tmp_path):
+    place = f"digits={resource('data/digits')}"
+    data = DataOptions(place, fraction=0.1, batch_size=8, min_steps_per_epoch=1)
+    run = small_run(tmp_path / "run", small, colors, data=data).output
+    export(run, tmp_path / "out", format="adapter")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(resource("data/digits")) not in card
+    assert "| data | digits, fraction 0.1, seed 1 |" in card
+    assert "| data licence | CC BY 4.0 |" in card
+    manifest = json.loads((tmp_path / "out" / "vlkr_export.json").read_text())
+    assert manifest["data"] == {"name": "digits", "fraction": 0.1, "seed": 1}

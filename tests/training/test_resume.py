@@ -96,14 +96,17 @@ def run(tmp_path_factory, small, colors):
         ({"seed": 2}, "seed is 2 now and was 1 in"),
         ({"optimizer": OptimizerOptions(lr=1e-3)}, r"optimizer\.lr is 0\.001 now and was 0\.01"),
         ({"adapter": AdapterOptions("lora")}, r"adapter\.name is lora now and was kradapter"),
-        ({"adapter": AdapterOptions(options={"scale": 1.0})}, r"adapter\.options is .* and was {}"),
+        (
+            {"adapter": AdapterOptions(options={"scale": 1.0})},
+            r"adapter\.options\.scale is 1\.0 now and was None",
+        ),
         ({"trainer": TRAINER}, r"trainer\.epochs is 4 now and was 2"),
         ({"data": DataOptions(name="digits", shots=4, batch_size=8)}, r"data\.name is digits now"),
     ],
 )
 def test_another_configuration_is_refused(run, small, colors, changes, message):
     before = adapter_bytes(run), (run / "config.yaml").read_bytes()
-    with pytest.raises(VlkrError, match=f"cannot resume: {message}"):
+    with pytest.raises(VlkrError, match=f"cannot resume: .*{message}"):
         small_run(run, small, colors, resume=True, **changes)
     assert (adapter_bytes(run), (run / "config.yaml").read_bytes()) == before
 

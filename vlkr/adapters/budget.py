@@ -60,7 +60,7 @@ def match_budget(
         The options, and both parameter counts.
 
     Raises:
-        VlkrError: if ``method`` has no size to choose.
+        VlkrError: if ``method`` has no size to choose, or its size is among the options.
     """
     cls, reference = adapter_class(method), adapter_class(to)
     check_options(method, options)
@@ -68,6 +68,11 @@ def match_budget(
     size_option = cls.budget_option
     if size_option is None:
         raise VlkrError(f"adapter {method!r} has no size to match to {to!r}")
+    if size_option in options:
+        raise VlkrError(
+            f"adapter {method!r} has its own {size_option} {options[size_option]}, and the budget "
+            f"of {to!r} chooses it; leave one of them out"
+        )
     shapes = [(t.in_features, t.out_features) for t in find_targets(model, targets, towers, blocks)]
     goal = sum(reference.num_parameters(*shape, **(to_options or {})) for shape in shapes)
 

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from rich.console import Console
 
+from vlkr.evaluation.plots import save_figure
 from vlkr.evaluation.report import markdown_table, rich_table
-from vlkr.files import atomic_file, write_json, write_text
+from vlkr.files import write_json, write_text
 
 COLUMNS = {
     "sigma_difference": ("|Δσ|", 2),
@@ -223,11 +226,9 @@ def _colors(result: Approximation) -> dict[str, Any]:
 
 def plot_errors(result: Approximation, path: Path) -> None:
     """Relative Frobenius errors: a group a target, a bar a method, a line at its optimum."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     colors = _colors(result)
-    figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots()
     width = 0.85 / len(colors)
     for j, target in enumerate(result.targets):
         for i, (method, color) in enumerate(colors.items()):
@@ -240,7 +241,7 @@ def plot_errors(result: Approximation, path: Path) -> None:
                     axes.hlines(best, x - width / 2, x + width / 2, "black", linewidth=1.2)
             elif row.optima:
                 axes.bar(x, statistics.mean(row.optima), width, color=color)
-    handles: list[Any] = [plt.Rectangle((0, 0), 1, 1, color=c) for c in colors.values()]
+    handles: list[Any] = [Rectangle((0, 0), 1, 1, color=c) for c in colors.values()]
     ranks = [statistics.mean(m["effective_rank"] for m in ms) for ms in result.targets.values()]
     axes.set_xticks(
         range(len(ranks)),
@@ -253,20 +254,16 @@ def plot_errors(result: Approximation, path: Path) -> None:
     axes.set_title(title if trained else "The least that each method can miss", loc="left")
     figure.legend(handles, list(colors), fontsize=8, ncols=8, loc="outside lower center")
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_spectra(result: Approximation, path: Path) -> None:
     """Singular values of each target and of the trained approximations, a panel a target."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     colors = _colors(result)
     columns = min(3, len(result.targets))
     lines = -(-len(result.targets) // columns)
-    figure, grid = plt.subplots(
-        lines, columns, figsize=(3.5 * columns, 2.6 * lines), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(3.5 * columns, 2.6 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(result.targets) :]:
         axes.set_visible(False)
     for axes, (target, sigma) in zip(grid.flat, result.spectra.items(), strict=False):
@@ -280,12 +277,4 @@ def plot_spectra(result: Approximation, path: Path) -> None:
         axes.set_ylabel("singular value", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    save_figure(figure, path)

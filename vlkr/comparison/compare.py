@@ -1,4 +1,4 @@
-"""The command ``vlkr compare``: methods over shots, seeds and learning rates, at equal budget."""
+"""Comparisons: methods over shots, seeds and learning rates, at equal budget."""
 
 from __future__ import annotations
 
@@ -232,13 +232,14 @@ def _pictures(
             lambda path: plot_bars(found, bars, path),
         )
     )
-    pictures.append(
-        Picture(
-            "reliability",
-            f"Reliability on {first}, {most} shots, first seed",
-            lambda path: plot_calibration(found, place, first, path),
+    if found.has(place):
+        pictures.append(
+            Picture(
+                "reliability",
+                f"Reliability on {first}, {most} shots, first seed",
+                lambda path: plot_calibration(found, place, first, path),
+            )
         )
-    )
     return pictures
 
 

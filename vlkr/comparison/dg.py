@@ -1,4 +1,4 @@
-"""The command ``vlkr dg``: leave one domain out, for every domain, method and seed."""
+"""Domain generalization: leave one domain out, for every domain, method and seed."""
 
 from __future__ import annotations
 
@@ -55,6 +55,11 @@ RULES = {
 
 def run_dg(grid: GridOptions, output: Path, selection: Selection, holdout: float) -> Found:
     """What :func:`~vlkr.comparison.commands.dg` does."""
+    if grid.data.test_fraction != DataOptions.test_fraction:
+        raise VlkrError(
+            f"data.test_fraction {grid.data.test_fraction} does not go with dg, whose holdout is "
+            f"{holdout}"
+        )
     data = replace(grid.data.absolute(), test_fraction=holdout)
     if data.val_fraction is None:
         data = replace(data, val_fraction=0.0)  # the held-out images validate, once a cell
@@ -138,7 +143,7 @@ def dg_plan(grid: GridOptions, data: DataOptions, domains: list[str], selection:
             if data.fraction is None
             else {"fraction of the training domains": data.fraction}
         ),
-        "held out": f"{data.test_fraction:g} of each domain",
+        "held out": f"{data.test_fraction:g} of each domain that has no split of its own",
         "split": "the test domain without its held-out images",
         "model selection": RULES[selection],
     }
@@ -199,6 +204,7 @@ def dg_report(found: Collected, output: Path) -> Report:
             partial(plot_calibration, found, place, domain),
         )
         for domain, place in zip(domains, places, strict=True)
+        if found.has(place)
     ]
     title = f"Domain generalization on {found.plan.context['dataset']}"
     return Report(title, found_context(found), tables, pictures, differences, found, output)

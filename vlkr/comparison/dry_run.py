@@ -160,7 +160,9 @@ class _Sizes:
             images = self.images(cell.data, "train")
             return None if images is None else round(cell.data.fraction * images)
         groups = max(1, len(dataset.domains)) if cell.data.per_domain else 1
-        return cell.data.shots * len(dataset.class_names) * groups
+        wanted = cell.data.shots * len(dataset.class_names) * groups
+        there = self.images(cell.data, "train")
+        return wanted if there is None else min(wanted, there)
 
     def steps(self, cell: Cell) -> int | None:
         """Of the optimizer: batches over the epochs, as the sampler cuts them."""

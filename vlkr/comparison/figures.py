@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vlkr.comparison.outcomes import Collected
-from vlkr.comparison.plan import RUN, ZERO_SHOT
+from vlkr.comparison.plan import ZERO_SHOT
 from vlkr.evaluation.metrics import ReliabilityBin
 from vlkr.evaluation.plots import plot_reliability, save_figure
 from vlkr.evaluation.report import DatasetResult
@@ -126,11 +126,11 @@ def plot_bars(
 
 
 def plot_calibration(collected: Collected, place: dict[str, Any], name: str, path: Path) -> None:
-    """A reliability diagram a method, on one set, each with its first seed."""
+    """A reliability diagram a method with results, on one set, each with its first seed."""
     results = []
     for method in collected.methods:
         outcome = collected.at(method, place)
-        if outcome is not None and outcome.results[0].cell.kind != RUN:
+        if outcome is not None:
             found = outcome.results[0].sets[name]
             results.append(
                 DatasetResult(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,7 +37,11 @@ class Method:
 
 def check_grid(grid: GridOptions) -> None:
     """Raises :class:`VlkrError` for an option that does not make sense."""
-    for name, numbers in (("seeds", grid.seeds), ("lrs", grid.lrs), ("epochs", grid.epochs)):
+    lists: dict[str, Sequence[float] | None] = {"seeds": grid.seeds}
+    owners: list[tuple[str, GridOptions | MethodOptions]] = [("", grid)]
+    for of, owner in [*owners, *((f" of {m.name}", m) for m in _given(grid))]:
+        lists |= {f"lrs{of}": owner.lrs, f"epochs{of}": owner.epochs}
+    for name, numbers in lists.items():
         if numbers is not None and (not numbers or len(set(numbers)) < len(numbers)):
             raise VlkrError(
                 f"{name} {numbers} is empty or repeats itself, expected different numbers"
@@ -46,6 +51,8 @@ def check_grid(grid: GridOptions) -> None:
             raise VlkrError(f"seed {seed} is out of range, expected 0 to {2**32 - 1}")
     if grid.jobs < 0:
         raise VlkrError(f"jobs {grid.jobs} is negative, expected 0 or more")
+    if grid.jobs == 0 and grid.force:
+        raise VlkrError("jobs 0 computes nothing, so that there is nothing to force")
     if grid.steps_per_shot is not None and grid.steps_per_shot < 1:
         raise VlkrError(f"steps_per_shot {grid.steps_per_shot} is too small, expected 1 or more")
     if grid.launcher != "local" and "{command}" not in grid.launcher:
@@ -59,6 +66,10 @@ def check_grid(grid: GridOptions) -> None:
     for label in labels:
         if labels.count(label) > 1:
             raise VlkrError(f"two methods are labelled {label!r}; give them a label each")
+    if grid.reference not in labels and grid.reference != GridOptions.reference:
+        raise VlkrError(
+            f"reference {grid.reference!r} is none of the methods, which are {', '.join(labels)}"
+        )
     for method in methods:
         for setting in filter(None, method.settings):
             replace(grid.optimizer, lr=setting["lr"]).check()
@@ -71,13 +82,17 @@ def resolved(grid: GridOptions) -> list[Method]:
     Raises:
         VlkrError: for an unknown method, option or budget.
     """
-    given = [MethodOptions(m) if isinstance(m, str) else m for m in grid.methods]
+    given = _given(grid)
     if not given:
         raise VlkrError("methods is empty, expected e.g. zero-shot kradapter lora")
     match = _match(grid)
     # The method to meet counts with the options that it has in this grid.
     match_options = next((m.options for m in given if m.name == match), {})
     return [_method(grid, m, match, match_options) for m in given]
+
+
+def _given(grid: GridOptions) -> list[MethodOptions]:
+    return [MethodOptions(m) if isinstance(m, str) else m for m in grid.methods]
 
 
 def _match(grid: GridOptions) -> str | None:

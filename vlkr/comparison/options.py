@@ -48,8 +48,8 @@ class GridOptions:
         steps_per_shot: train for this many steps times shots, spread over the epochs, in place of
             ``data.min_steps_per_epoch``.
         targets: short names (``q k v qkv out fc1 fc2``) or shell patterns of module names.
-        towers: ``visual``, ``text`` or both.
-        blocks: indices of transformer blocks, negative from the end; none takes all.
+        towers: one or more of ``visual``, ``text`` and, of CoCa, ``decoder``.
+        blocks: indices of transformer blocks, negative from the end; all by default.
         data: dataset, shots and batches.
         optimizer: weight decay and its kin.
         trainer: precision and device.

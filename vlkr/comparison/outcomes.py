@@ -150,6 +150,10 @@ class Collected:
                 return outcome
         return None
 
+    def has(self, place: dict[str, Any]) -> bool:
+        """Whether any method has a result in a place."""
+        return any(self.at(method, place) is not None for method in self.methods)
+
     @property
     def methods(self) -> list[str]:
         """Labels, in the order of the plan."""
@@ -180,8 +184,8 @@ def collect(plan: Plan, output: Path) -> Collected:
             name, message = next(iter(failures.items()))
             raise VlkrError(f"every cell failed; the first is {name}: {message}")
         raise VlkrError(
-            f"none of {len(unfinished)} cells is finished; the same command with --jobs 0 reports "
-            "what is there"
+            f"none of {len(unfinished)} cells is finished yet; once some are, the same command "
+            "with --jobs 0 reports them"
         )
     hashes = {result.found["weights_sha256"] for result in results.values()}
     if len(hashes) > 1:

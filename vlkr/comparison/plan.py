@@ -57,6 +57,7 @@ class Cell:
         optimizer: for kind ``adapter``.
         trainer: for kind ``adapter``, and the device for all.
         run: the folder, for kind ``run``.
+        run_sha256: of its adapter.
     """
 
     id: str
@@ -71,6 +72,7 @@ class Cell:
     optimizer: OptimizerOptions = OptimizerOptions()
     trainer: TrainerOptions = TrainerOptions()
     run: Path | None = None
+    run_sha256: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON has it."""

@@ -94,7 +94,8 @@ class Report:
                 console.print(rich_table(table.rows, table.title, table.note))
         console.print(self.caption(), style="dim", highlight=False, markup=False)
         page = self.output / "report.html"
-        console.print(f"Report: {page}, also .md, .csv, .tex", highlight=False, markup=False)
+        note = "also .md, .tex, results.csv, results.json"
+        console.print(f"Report: {page}, {note}", highlight=False, markup=False)
 
     def all_tables(self) -> list[Table]:
         """The tables, and at their end what failed."""

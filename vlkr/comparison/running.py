@@ -95,7 +95,7 @@ def data_name(data: DataOptions) -> str:
     """
     if data.name is None and data.root is None:
         raise VlkrError("no dataset: give --data.name CARD or --data.root FOLDER")
-    return str(data.name) if data.root is None else data.root.name
+    return data.label if data.root is None else data.root.name
 
 
 def eval_sets(chosen: Sequence[DataOptions]) -> tuple[EvalSet, ...]:

@@ -116,7 +116,7 @@ def values_at(collected: Collected, method: str, place: dict[str, Any], name: st
 
 
 def parameters_row(collected: Collected, label: str = "trained parameters") -> list[str]:
-    """Trained parameters by method, those of its first outcome."""
+    """Trained parameters by method, the least and the largest of its outcomes."""
     cells = []
     for method in collected.methods:
         numbers = {

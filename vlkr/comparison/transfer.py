@@ -1,4 +1,4 @@
-"""The command ``vlkr transfer``: adapted to one dataset, measured on others, before and after."""
+"""Transfer: adapted to one dataset, measured on others, before and after."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ from vlkr.comparison.tables import (
     values_at,
 )
 from vlkr.datasets import DataOptions
+from vlkr.datasets.parallel import sha256
 from vlkr.errors import VlkrError
 from vlkr.evaluation.metrics import base_to_new
-from vlkr.evaluation.runs import run_config, run_options
+from vlkr.evaluation.runs import run_config, run_labels, run_options
 
 NEW = " (new classes)"
 
@@ -52,7 +53,8 @@ def run_transfer(
     grid: GridOptions, output: Path, run: list[Path] | None, datasets: list[str] | None
 ) -> Found:
     """What :func:`~vlkr.comparison.commands.transfer` does."""
-    if ZERO_SHOT not in [m.kind for m in resolved(grid)]:
+    has_text = not grid.model.startswith("timm:")
+    if has_text and ZERO_SHOT not in [m.kind for m in resolved(grid)]:
         grid = replace(grid, methods=[ZERO_SHOT, *grid.methods])
 
     def plan() -> Plan:
@@ -79,9 +81,8 @@ def transfer_plan(
     names = tuple(chosen.name for chosen in sets)
     cells: list[Cell] = []
     entries: list[Entry] = []
-    for method in resolved(grid):
-        if runs and method.kind != ZERO_SHOT:
-            continue
+    has_text = not grid.model.startswith("timm:")
+    for method in [] if runs and not has_text else resolved(grid):
         found = grid_cells(grid, method, (names[0],), data, sets)
         candidates = tuple(candidate(setting, own, None) for setting, own in found)
         entries.append(Entry(method.label, {"source": names[0]}, candidates, names))
@@ -91,13 +92,14 @@ def transfer_plan(
             Cell(
                 slug(names[0], "run", label, f"seed{runs[folder]['seed']}", i + 1),
                 RUN,
-                cells[0].model,
-                cells[0].pretrained,
+                grid.model,
+                grid.pretrained,
                 data,
                 tuple(sets),
                 runs[folder]["seed"],
                 trainer=grid.trainer,
                 run=folder,
+                run_sha256=_sha256(folder),
             )
             for i, folder in enumerate(folders)
         ]
@@ -109,10 +111,19 @@ def transfer_plan(
         context["seeds"] = " ".join(str(config["seed"]) for config in runs.values())
     context |= {
         "adapted to": names[0],
-        **{key: value for key, value in data.context().items() if value is not None},
+        **_common(data.context(), [run_options(c).context() for c in runs.values()]),
         "split": "test",
     }
     return Plan("transfer", tuple(cells), tuple(entries), grid.reference, context)
+
+
+def _common(context: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is known and the same for all; the labels of runs tell the rest."""
+    return {
+        key: value
+        for key, value in context.items()
+        if value is not None and all(other[key] == value for other in others)
+    }
 
 
 def _as_the_runs(grid: GridOptions, configs: Sequence[dict[str, Any]]) -> GridOptions:
@@ -145,20 +156,26 @@ def _as_the_runs(grid: GridOptions, configs: Sequence[dict[str, Any]]) -> GridOp
 
 
 def _by_method(runs: dict[Path, dict[str, Any]]) -> dict[str, list[Path]]:
-    """Folders by the adapter's name, and its options where runs of that adapter differ in them."""
+    """Folders by method.
+
+    Raises:
+        VlkrError: for two with one seed.
+    """
     named: dict[str, list[Path]] = {}
-    for folder, config in runs.items():
-        adapter = config["adapter"]
-        same = [
-            c["adapter"]["options"]
-            for c in runs.values()
-            if c["adapter"]["name"] == adapter["name"]
-        ]
-        label = adapter["name"]
-        if any(options != same[0] for options in same):
-            label += "".join(f" {key}={value}" for key, value in adapter["options"].items())
+    for folder, label in run_labels(runs).items():
         named.setdefault(label, []).append(folder)
+    for label, folders in named.items():
+        seeds = [runs[folder]["seed"] for folder in folders]
+        for seed in seeds:
+            if seeds.count(seed) > 1:
+                raise VlkrError(f"{seeds.count(seed)} runs of {label} have seed {seed}; give one")
     return named
+
+
+def _sha256(run: Path) -> str:
+    """Of what a run has learnt, so that a result is known to be of another state of its folder."""
+    files = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "head.safetensors")
+    return " ".join(sha256(run / name)[:16] for name in files if (run / name).is_file())
 
 
 def _sets(grid: GridOptions, data: DataOptions, datasets: list[str] | None) -> list[EvalSet]:

@@ -26,8 +26,8 @@ class DataOptions:
             that card.
         shots: training images a class.
         templates: prompts with the placeholder ``{c}``, the name of one of the card's sets,
-            ``imagenet80``, ``imagenet7``, or a file with a prompt a line; none takes the dataset's
-            own.
+            ``imagenet80``, ``imagenet7``, or a file with a prompt a line; the dataset's own by
+            default.
         test_fraction: of a folder without splits, the part held out for testing.
         batch_size: images a step.
         min_steps_per_epoch: few images are oversampled to at least this many steps an epoch.
@@ -35,8 +35,8 @@ class DataOptions:
         crop_scale: smallest and largest area of the random crop, relative to the image.
         flip: flip half of the training images horizontally.
         classes_per_step: with more classes than these a training step uses the batch's and random
-            others; none uses all.
-        domains: train, validate and test on these domains only; none takes all.
+            others; all by default.
+        domains: train, validate and test on these domains only; all by default.
         classes: the ``base`` half of the classes (the first ``ceil(n / 2)``), the ``new`` half, or
             ``all``.
         fraction: of each class's images to train on, in place of ``shots``.
@@ -90,6 +90,14 @@ class DataOptions:
         except ArgumentError as error:
             raise VlkrError(f"the configuration of the data is not valid: {error}") from error
         return options
+
+    @property
+    def label(self) -> str:
+        """The dataset's name, without the place where it lies."""
+        if self.name is None:
+            return "" if self.root is None else self.root.name
+        card = self.name.partition("=")[0]
+        return card if resource(f"data/{card}.yaml").is_file() else self.name
 
     def context(self) -> dict[str, Any]:
         """Which images are trained on, for captions; None for what is as usual."""

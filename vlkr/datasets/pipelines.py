@@ -86,7 +86,8 @@ class BadSamples:
             self._first.value = str(error).encode()[:500]
         if count > self.max_bad:
             if self.max_bad == 0:
-                raise error
+                reason = f"{error.reason}; max_bad lets such samples be skipped"
+                raise SampleError(reason, key=error.key, shard=error.shard) from error
             raise VlkrError(f"more than {self.max_bad} bad samples; the last: {error}") from error
 
     def warn(self) -> None:

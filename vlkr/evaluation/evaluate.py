@@ -22,7 +22,7 @@ def evaluate(
     reference: list[Path] | None = None,
     split: str = "test",
     templates: list[str] | None = None,
-    test_fraction: float = 0.5,
+    test_fraction: float | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     device: str = "auto",
@@ -48,7 +48,8 @@ def evaluate(
         split: which split of each dataset.
         templates: in place of each dataset's own: prompts with ``{c}``, ``imagenet80``,
             ``imagenet7``, a set of the dataset's card, or a file with a prompt a line.
-        test_fraction: of a folder without splits, the part that is its test split.
+        test_fraction: of a folder without splits, the part that is its test split; by default the
+            run's, or 0.5. A run's own home keeps the run's.
         batch_size: images at a time.
         num_workers: processes that decode images; 0 does it in the main one.
         device: ``auto``, ``cpu``, ``cuda``, ...
@@ -64,7 +65,7 @@ def evaluate(
     Raises:
         VlkrError: for a model, run or dataset that cannot be read.
     """
-    from vlkr.datasets import load_dataset
+    from vlkr.datasets import DataOptions, load_dataset
     from vlkr.evaluation.distributed import processes, rank
     from vlkr.evaluation.outputs import write_evaluation
     from vlkr.evaluation.robustness import (
@@ -77,7 +78,8 @@ def evaluate(
     from vlkr.models.loading import load_model
 
     if (model is None) == (run is None):
-        raise VlkrError("evaluate needs either --model NAME or --run DIR")
+        both = "" if model is None else ", not both"
+        raise VlkrError(f"evaluate needs either --model NAME or --run DIR{both}")
     if run is not None and pretrained is not None:
         raise VlkrError("--pretrained goes with --model; a run knows its own weights")
     if output is not None:
@@ -89,11 +91,13 @@ def evaluate(
         bundle, config = load_run(run)
         context = run_context(bundle, config)
         templates = config["data"]["templates"] if templates is None else templates
-        test_fraction = config["data"]["test_fraction"]
+        if test_fraction is None:
+            test_fraction = config["data"]["test_fraction"]
         home = run_dataset(config) if datasets is None else None
     else:
         bundle = load_model(str(model), pretrained)
         datasets = datasets or ["digits"]
+    test_fraction = DataOptions.test_fraction if test_fraction is None else test_fraction
     loaded = home_and_shifts(home, datasets or [], shifts, templates, test_fraction)
     if references:
         check_references(references, loaded, split)

@@ -234,7 +234,8 @@ def effective_robustness(
             "no line, expected two accuracies or more"
         )
     slope, intercept = statistics.linear_regression(x, y)
-    return round(shift - 1 / (1 + math.exp(-(intercept + slope * _logit(home)))), 6)
+    expected = 0.5 * (1 + math.tanh((intercept + slope * _logit(home)) / 2))  # the sigmoid
+    return round(shift - expected, 6)
 
 
 def base_to_new(base: float, new: float) -> dict[str, float]:

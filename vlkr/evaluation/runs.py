@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from vlkr.datasets import DataOptions, Dataset, load_dataset
 from vlkr.datasets.streaming import PickedSource
 from vlkr.datasets.transforms import to_tensor
 from vlkr.errors import VlkrError
-from vlkr.files import read_yaml, write_text
+from vlkr.files import read_json, read_yaml, write_text
 from vlkr.models.classifier import ClassHead
 from vlkr.models.clip import ClipBundle
 from vlkr.models.loading import load_model
@@ -23,6 +24,18 @@ _NEEDED = {
     "": ("model", "pretrained", "seed"),
     "adapter": ("name", "options"),
     "data": ("name", "root", "shots", "templates", "test_fraction"),
+}
+# Options in which runs of one method may differ: where things are, and how they are computed.
+_NO_METHOD = {
+    "seed",
+    "data.name",
+    "data.root",
+    "data.num_workers",
+    "data.memory_gb",
+    "data.max_bad",
+    "data.allow_commands",
+    "trainer.accelerator",
+    "trainer.progress",
 }
 
 
@@ -54,8 +67,11 @@ def save_scaled_run(bundle: ClipBundle, config: dict[str, Any], scale: float, ou
         bundle: of :func:`load_run`; its adapter keeps the factor.
         config: likewise.
         scale: the adapter's factor.
-        output: folder for ``config.yaml`` and ``adapter/``, which are replaced.
+        output: folder for ``config.yaml`` and ``adapter/``, which are replaced; what a run that
+            was there measured is removed.
     """
+    (output / "metrics.json").unlink(missing_ok=True)
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
     bundle.model.to("cpu")
     set_adapter_scale(bundle.model, scale)
     save_adapter(bundle.model, output / "adapter", base_model=bundle.label, force=True)
@@ -74,7 +90,10 @@ def run_config(run: Path) -> dict[str, Any]:
         raise VlkrError(f"no run folder at {run}")
     path = run / "config.yaml"
     if not path.is_file() or not (run / "adapter").is_dir():
-        raise VlkrError(f"{run} is not a finished run: expected config.yaml and adapter/ in it")
+        hint = "; `vlkr adapt --resume` goes on with it" if (run / "checkpoints").is_dir() else ""
+        raise VlkrError(
+            f"{run} is not a finished run: expected config.yaml and adapter/ in it{hint}"
+        )
     config = read_yaml(path)
     for section, keys in _NEEDED.items():
         for key in keys:
@@ -101,6 +120,44 @@ def run_context(bundle: ClipBundle, config: dict[str, Any]) -> dict[str, Any]:
 def adapter_scale(bundle: ClipBundle) -> float:
     """The factor of a model's adapters, 1 as they are trained."""
     return next(scale for _, host in hosts(bundle.model) for scale in host.adapter_scales.values())
+
+
+def run_labels(runs: Mapping[Path, dict[str, Any]]) -> dict[Path, str]:
+    """Names of runs' methods, the same for those that differ in nothing but their seeds.
+
+    A name is the adapter's and, where runs of that adapter differ in an option, also its value:
+    ``lora rank=8``.
+
+    Args:
+        runs: configurations by folder.
+    """
+    flat = {
+        folder: flattened(config)
+        | {"scale": read_json(folder / "adapter" / "adapter_config.json").get("scale", 1.0)}
+        for folder, config in runs.items()
+    }
+    labels = {}
+    for folder, config in runs.items():
+        name = config["adapter"]["name"]
+        kin = [flat[f] for f, c in runs.items() if c["adapter"]["name"] == name]
+        keys = dict.fromkeys(key for options in kin for key in options if key not in _NO_METHOD)
+        differing = [key for key in keys if len({repr(options.get(key)) for options in kin}) > 1]
+        values = [f"{key.rpartition('.')[2]}={flat[folder].get(key)}" for key in differing]
+        labels[folder] = " ".join([name, *values])
+    return labels
+
+
+def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names.
+
+    >>> flattened({"adapter": {"name": "lora", "options": {"rank": 8}}, "seed": 1})
+    {'adapter.name': 'lora', 'adapter.options.rank': 8, 'seed': 1}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        flat |= flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def run_options(config: dict[str, Any]) -> DataOptions:
@@ -141,7 +198,8 @@ def home_and_shifts(
     loaded += [load_dataset(name, test_fraction=test_fraction) for name in names]
     if shifts:
         known = {dataset.name for dataset in loaded}
-        loaded += [load_dataset(name) for name in loaded[0].shifts if name not in known]
+        others = [name for name in loaded[0].shifts if name not in known]
+        loaded += [load_dataset(name, test_fraction=test_fraction) for name in others]
     return [dataset.with_templates(templates) for dataset in loaded]
 
 

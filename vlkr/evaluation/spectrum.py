@@ -32,7 +32,7 @@ def spectrum(
     Raises:
         VlkrError: if a folder is not a finished run, or changed no weight.
     """
-    from vlkr.evaluation.runs import load_run
+    from vlkr.evaluation.runs import load_run, run_labels
     from vlkr.evaluation.spectra import correlations, model_spectra, shift_loss
     from vlkr.evaluation.spectrum_report import Run, Spectra, write_report
 
@@ -41,18 +41,13 @@ def spectrum(
     if output is not None:
         check_free(output, force=force)
     loaded = [load_run(folder) for folder in run]
-    names = [config["adapter"]["name"] for _, config in loaded]
-    options = [config["adapter"]["options"] for _, config in loaded]
+    labels = run_labels({folder: config for folder, (_, config) in zip(run, loaded, strict=True)})
     runs = []
-    for i, (folder, (bundle, _)) in enumerate(zip(run, loaded, strict=True)):
-        same = [o for n, o in zip(names, options, strict=True) if n == names[i]]
-        method = names[i]
-        if any(o != same[0] for o in same):
-            method += "".join(f" {key}={value}" for key, value in options[i].items())
+    for folder, (bundle, _) in zip(run, loaded, strict=True):
         layers = model_spectra(bundle.model)
         if not layers:
-            raise VlkrError(f"{folder} changed no weight: {method!r} adapts something else")
-        runs.append(Run(str(folder), method, layers))
+            raise VlkrError(f"{folder} changed no weight: {labels[folder]!r} adapts something else")
+        runs.append(Run(str(folder), labels[folder], layers))
     if shifts and len(runs) > 2:
         for folder, found in zip(run, runs, strict=True):
             found.shift_loss = shift_loss(folder, device)

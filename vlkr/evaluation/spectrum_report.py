@@ -10,10 +10,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 
+from vlkr.evaluation.plots import save_figure
 from vlkr.evaluation.report import markdown_table, rich_table
-from vlkr.files import atomic_file, write_json, write_text
+from vlkr.files import write_json, write_text
 
 MEASURES = {
     "effective_rank": ("effective rank", 1),
@@ -213,9 +215,6 @@ def write_report(result: Spectra, output: Path) -> None:
 
 def plot_heatmap(result: Spectra, path: Path) -> None:
     """Effective rank of the change, a panel a method, a row a block, a column a projection."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     layers = {layer.name: layer for run in result.runs for layer in run.layers}
     places = list(dict.fromkeys(layer.place for layer in layers.values()))
     projections = list(dict.fromkeys(layer.projection for layer in layers.values()))
@@ -227,13 +226,9 @@ def plot_heatmap(result: Spectra, path: Path) -> None:
             row, column = places.index(layer.place), projections.index(layer.projection)
             grids[method][row, column] = value
     highest = max(np.nanmax(grid) for grid in grids.values())
-    figure, panels = plt.subplots(
-        1,
-        len(grids),
-        figsize=(1.2 + 3.6 * len(grids), 1.2 + 0.32 * len(places)),
-        layout="constrained",
-        squeeze=False,
-    )
+    size = (1.2 + 3.6 * len(grids), 1.2 + 0.32 * len(places))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(grids), squeeze=False)
     for i, (axes, (method, grid)) in enumerate(zip(panels[0], grids.items(), strict=True)):
         image = axes.imshow(grid, vmin=0, vmax=highest, cmap="viridis", aspect="auto")
         for (row, column), value in np.ndenumerate(grid):
@@ -246,26 +241,17 @@ def plot_heatmap(result: Spectra, path: Path) -> None:
         axes.set_xticks(range(len(projections)), projections, fontsize=8)
         axes.set_yticks(range(len(places)), places if i == 0 else [""] * len(places), fontsize=8)
     figure.colorbar(image, ax=panels, label="effective rank of the change", shrink=0.8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_curves(result: Spectra, path: Path) -> None:
     """Singular values relative to the largest, a panel a projection, a line a method."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     layers = [layer for run in result.runs for layer in run.layers]
     projections = list(dict.fromkeys(layer.projection for layer in layers))
     columns = min(3, len(projections))
     lines = -(-len(projections) // columns)
-    figure, grid = plt.subplots(
-        lines,
-        columns,
-        figsize=(3.4 * columns, 2.5 * lines),
-        layout="constrained",
-        squeeze=False,
-        sharey=True,
-    )
+    figure = Figure(figsize=(3.4 * columns, 2.5 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axes in grid.flat[len(projections) :]:
         axes.set_visible(False)
     for axes, projection in zip(grid.flat, projections, strict=False):
@@ -288,7 +274,7 @@ def plot_curves(result: Spectra, path: Path) -> None:
     for axes in grid[:, 0]:
         axes.set_ylabel("singular value / largest", fontsize=8)
     figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _mean_curve(spectra: list[list[float]]) -> tuple[Any, Any]:
@@ -299,11 +285,3 @@ def _mean_curve(spectra: list[list[float]]) -> tuple[Any, Any]:
         for sigma in spectra
     ]
     return x, np.mean(curves, axis=0)
-
-
-def _save(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)

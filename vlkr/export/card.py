@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from vlkr.evaluation.report import METRICS, cell, markdown_table
+from vlkr.evaluation.runs import run_options
 from vlkr.export.formats import Description, Subject
 from vlkr.export.hub import is_repository
 from vlkr.export.parity import Parity
@@ -60,7 +61,7 @@ def model_card(
 
 def dataset_name(config: dict[str, Any]) -> str:
     """Of a run's data."""
-    return str(config["data"]["name"] or Path(config["data"]["root"]).name)
+    return run_options(config).label
 
 
 def base_licence(subject: Subject) -> str | None:
@@ -149,19 +150,19 @@ def _metrics_table(subject: Subject) -> str:
         for r in results
     ]
     note = "" if subject.alpha == 1 else ", not at the strength of this export"
-    config = subject.config
     return (
         f"{markdown_table(rows)}\nOf the adapted model in fp32 at full strength of the adapter"
-        f"{note}; {config['data']['shots']} shots, seed {config['seed']}, templates "
+        f"{note}; {_drawn(subject.config)}, templates "
         f"{results[0]['templates']}, checkpoint last iteration.\n"
     )
 
 
 def _facts(subject: Subject, parity: Parity, dtype: str) -> list[list[str]]:
     config, bundle, head = subject.config, subject.adapted, subject.classifier
-    adapter, data = config["adapter"], config["data"]
-    card = resource(f"data/{data['name']}.yaml")
-    data_licence = read_yaml(card).get("licence") if data["name"] and card.is_file() else None
+    adapter, data = config["adapter"], dataset_name(config)
+    card = resource(f"data/{data}.yaml")
+    is_known = config["data"]["name"] is not None and card.is_file()
+    data_licence = read_yaml(card).get("licence") if is_known else None
     preprocessing = subject.preprocessing.to_json()
     return [
         ["", "value"],
@@ -170,7 +171,7 @@ def _facts(subject: Subject, parity: Parity, dtype: str) -> list[list[str]]:
         ["base licence", base_licence(subject) or "not known; see the base model"],
         ["adapter", f"{adapter['name']} {adapter['options'] or ''}".strip()],
         ["adapter's strength (alpha)", f"{subject.alpha:g}"],
-        ["data", f"{dataset_name(config)}, {data['shots']} shots, seed {config['seed']}"],
+        ["data", f"{data}, {_drawn(config)}"],
         ["data licence", data_licence or "not known"],
         ["classes", _listed(head.class_names)],
         ["prompts", _listed(head.templates) if bundle.has_text else "none, learnt from images"],
@@ -179,6 +180,13 @@ def _facts(subject: Subject, parity: Parity, dtype: str) -> list[list[str]]:
         ["preprocessing", ", ".join(f"{key} {value}" for key, value in preprocessing.items())],
         ["agreement with the adapted model", parity.summary()],
     ]
+
+
+def _drawn(config: dict[str, Any]) -> str:
+    """Which images a run was trained on: ``16 shots, seed 1``."""
+    known = {key: value for key, value in run_options(config).context().items() if value}
+    shots = [f"{known.pop('shots')} shots"] if "shots" in known else []
+    return ", ".join([*shots, *(f"{k} {v}" for k, v in known.items()), f"seed {config['seed']}"])
 
 
 def _listed(names: tuple[str, ...]) -> str:

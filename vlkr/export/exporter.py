@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from vlkr.adapters import merge_adapters, set_adapter_scale
 from vlkr.datasets import Dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation.runs import load_run, run_dataset
+from vlkr.evaluation.runs import adapter_scale, load_run, run_dataset, run_options
 from vlkr.export.card import dataset_name
 from vlkr.export.formats import Classifier, Predictor, Subject, get_format
 from vlkr.export.preprocessing import Preprocessing
@@ -44,14 +44,16 @@ def load_subject(run: Path, alpha: float) -> tuple[Subject, Dataset]:
 
     Args:
         run: written by ``vlkr adapt``.
-        alpha: the adapter's strength.
+        alpha: the adapter's strength; a run that was saved along the line to its base has one
+            already, which is multiplied.
 
     Raises:
         VlkrError: if the run cannot be read.
     """
     bundle, config = load_run(run)
     dataset = run_dataset(config)
-    set_adapter_scale(bundle.model, alpha)
+    strength = alpha * adapter_scale(bundle)
+    set_adapter_scale(bundle.model, strength)
     plain = deepcopy(bundle.model)
     merge_adapters(plain)
     if bundle.head is not None:
@@ -63,7 +65,7 @@ def load_subject(run: Path, alpha: float) -> tuple[Subject, Dataset]:
         dataset.class_names, dataset.templates, embeddings.float(), logit_scale(plain).item()
     )
     preprocessing = Preprocessing.of(bundle)
-    return Subject(run, config, bundle, plain, preprocessing, classifier, alpha), dataset
+    return Subject(run, config, bundle, plain, preprocessing, classifier, strength), dataset
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -146,7 +148,7 @@ def make_manifest(subject: Subject, format_name: str, dtype: str) -> dict[str, A
         "adapter": config["adapter"],
         "data": {
             "name": dataset_name(config),
-            "shots": config["data"]["shots"],
+            **{k: v for k, v in run_options(config).context().items() if v is not None},
             "seed": config["seed"],
         },
         "class_names": list(subject.classifier.class_names),

@@ -67,7 +67,7 @@ class Subject:
         plain: a copy with the adapters merged in fp32: the base's classes and state-dict keys.
         preprocessing: of the images.
         classifier: of the run's classes.
-        alpha: the strength; 1 is the adapted model, 0 the base.
+        alpha: the strength of the adapters; 1 as they were trained, 0 is the base model.
     """
 
     run: Path

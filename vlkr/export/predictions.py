@@ -87,7 +87,9 @@ class Predictions:
 
     def show(self, console: Console) -> None:
         """Prints the predictions, or where they were written."""
-        note = f"{len(self.predictions)} images, {self.failed} of them could not be read"
+        number = len(self.predictions)
+        note = f"{number} image{'s' * (number != 1)}"
+        note += f", {self.failed} of them could not be read" if self.failed else ""
         if self.output is not None:
             console.print(f"{note}. Written to {self.output}", highlight=False, markup=False)
         elif self.format == "table":
@@ -99,7 +101,7 @@ class Predictions:
                 table.add_column(name, justify="right" if "prob" in name else "left")
             for *cells, error in rows:
                 if error:
-                    cells[1] = error
+                    cells[1] = f"({error})"
                 table.add_row(*map(escape, cells))
             console.print(table)
             console.print(caption, style="dim", highlight=False, markup=False)
@@ -107,7 +109,7 @@ class Predictions:
             console.file.write(self.text())
 
     def _rows(self) -> list[list[str]]:
-        count = max(1, *(len(p.labels) for p in self.predictions))
+        count = max((len(p.labels) for p in self.predictions), default=1) or 1
         header = ["image"]
         for suffix in ("", *(f"_{i}" for i in range(2, count + 1))):
             header += [f"label{suffix}", f"probability{suffix}"]

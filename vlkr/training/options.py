@@ -18,8 +18,8 @@ class AdapterOptions:
     Args:
         name: of the method: ``kradapter``, ``lora``, ``dora``, ...; an unknown one lists all.
         targets: short names (``q k v qkv out fc1 fc2``) or shell patterns of module names.
-        towers: ``visual``, ``text`` or both.
-        blocks: indices of transformer blocks, negative from the end; none takes all.
+        towers: one or more of ``visual``, ``text`` and, of CoCa, ``decoder``.
+        blocks: indices of transformer blocks, negative from the end; all by default.
         options: of the method, e.g. ``{rank: 8}``.
         match: a method whose parameter count is to be met by choosing this one's size.
     """

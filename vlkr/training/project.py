@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from vlkr.errors import VlkrError
 from vlkr.evaluation.report import rich_table
 from vlkr.files import check_free
 from vlkr.training.options import AdapterOptions
@@ -84,10 +85,12 @@ def project_fine_tune(
         VlkrError: if a model cannot be read, or the two differ in shape.
     """
     from vlkr.adapters import project_model, save_adapter
-    from vlkr.models.clip import load_clip
+    from vlkr.models.loading import load_model
 
+    if adapter.match is not None:
+        raise VlkrError("adapter.match does not go with project; adapter.options choose the size")
     check_free(output, force=force)
-    first, second = load_clip(base, base_pretrained), load_clip(tuned, tuned_pretrained)
+    first, second = load_model(base, base_pretrained), load_model(tuned, tuned_pretrained)
     layers = project_model(
         first.model, second.model.state_dict(), adapter.name, **adapter.place(), **adapter.options
     )

@@ -19,6 +19,7 @@ from vlkr.datasets.pipelines import evaluation_loader
 from vlkr.datasets.streaming import PickedSource
 from vlkr.datasets.transforms import TrainTransform
 from vlkr.errors import VlkrError
+from vlkr.evaluation.runs import flattened
 from vlkr.files import read_yaml, write_text
 from vlkr.models.classifier import ClassHead
 from vlkr.models.clip import ClipBundle, encode_image, image_size
@@ -27,7 +28,13 @@ from vlkr.training.module import FewShotModule
 from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 from vlkr.training.trainer import CHECKPOINT, fit, make_trainer, quiet_lightning
 
-_ANY_ON_RESUME = {"data.num_workers", "trainer.accelerator", "trainer.progress"}
+_ANY_ON_RESUME = {
+    "data.num_workers",
+    "data.memory_gb",
+    "data.max_bad",
+    "trainer.accelerator",
+    "trainer.progress",
+}
 
 
 @dataclass
@@ -186,18 +193,9 @@ def _clear(output: Path) -> None:
 
 
 def _check_same_config(path: Path, config: dict[str, Any]) -> None:
-    before = _flat(read_yaml(path))
-    for key, value in _flat(config).items():
-        if before.get(key) != value and key not in _ANY_ON_RESUME:
+    before, now = flattened(read_yaml(path)), flattened(config)
+    for key in dict.fromkeys([*now, *before]):
+        if before.get(key) != now.get(key) and key not in _ANY_ON_RESUME:
             raise VlkrError(
-                f"cannot resume: {key} is {value} now and was {before.get(key)} in {path}"
+                f"cannot resume: {key} is {now.get(key)} now and was {before.get(key)} in {path}"
             )
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by their dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        nested = isinstance(value, dict) and key != "options"
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
