@@ -1,7 +1,9 @@
 """The plan's sizes against what is really computed, and without anything at hand."""
 
 import pytest
+import timm
 from helpers import tree
+from safetensors.torch import save_file
 
 from vlkr.comparison.commands import compare, dg, transfer
 from vlkr.datasets import DataOptions
@@ -35,6 +37,17 @@ def test_sizes_are_those_that_the_cells_have(options, tmp_path):
             assert row["steps a cell"] == "0"
     assert planned.steps == total
     assert planned.cells == len(list(report.output.glob("cells/*/result.json")))
+
+
+def test_class_embeddings_that_are_learnt_are_counted(options, tmp_path):
+    weights = timm.create_model("test_vit", num_classes=0).state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    model = {"model": "timm:test_vit", "pretrained": str(tmp_path / "weights.safetensors")}
+    options = options | model | {"methods": ["lora"], "seeds": [1]}
+    planned = compare(tmp_path / "out", dry_run=True, **options)
+    [outcome] = compare(tmp_path / "out", **options).collected.outcomes
+    row = dict(zip(*planned.rows[:2], strict=True))
+    assert int(row["parameters"].replace(",", "")) == outcome.results[0].found["parameters"]
 
 
 def test_steps_per_shot_spreads_them_over_the_epochs(options, tmp_path):

@@ -127,7 +127,13 @@ def write_error(folder: Path, kind: str, message: str, details: str = "") -> Non
 def _measure(cell: Cell, folder: Path, resume: bool) -> tuple[Evaluation, dict[str, Any]]:
     bundle = load_run(cell.run)[0] if cell.run is not None else _model(cell.model, cell.pretrained)
     device = {"gpu": "cuda"}.get(cell.trainer.accelerator, cell.trainer.accelerator)
-    found: dict[str, Any] = {"parameters": 0, "options": {}, "val_acc1": None, "train_seconds": 0.0}
+    found: dict[str, Any] = {
+        "parameters": 0,
+        "train_images": 0,
+        "options": {},
+        "val_acc1": None,
+        "train_seconds": 0.0,
+    }
     try:
         with _peak_memory() as memory:
             if cell.kind == PROBE:
@@ -137,6 +143,7 @@ def _measure(cell: Cell, folder: Path, resume: bool) -> tuple[Evaluation, dict[s
                 if cell.kind == RUN:
                     trained = trained_parameters(bundle.model, bundle.head)
                     found["parameters"] = sum(parameter.numel() for parameter in trained)
+                    found["train_images"] = _images_of_run(cell.run)
                 elif cell.kind != ZERO_SHOT:
                     found |= _train(cell, bundle, folder / "run", resume)
                 evaluation = evaluate_bundle(
@@ -181,10 +188,17 @@ def _train(cell: Cell, bundle: ClipBundle, output: Path, resume: bool) -> dict[s
     )
     return {
         "parameters": training.parameters,
+        "train_images": training.images,
         "options": training.options,
         "val_acc1": training.val_acc1,
         "train_seconds": round(training.seconds, 1),
     }
+
+
+def _images_of_run(run: Path | None) -> int | None:
+    """How many images a run was trained on, as it says itself."""
+    path = None if run is None else run / "metrics.json"
+    return read_json(path).get("training images") if path and path.is_file() else None
 
 
 @lru_cache(maxsize=1)

@@ -185,10 +185,7 @@ class _Sizes:
         if model is None:
             return None
         if cell.kind == PROBE:
-            dataset, width = self.dataset(cell.data), _embed_dim(model)
-            if dataset is None or width is None:
-                return None
-            return (width + 1) * len(dataset.class_names)
+            return self._classifier(cell, model, bias=1)
         adapter, options = cell.adapter, dict(cell.adapter.options)
         key = json.dumps([cell.model, asdict(adapter), dict(cell.match_options)], sort_keys=True)
 
@@ -212,7 +209,17 @@ class _Sizes:
             )
 
         found: int | None = self._once(key, adapter.name, count)
-        return found
+        if found is None or hasattr(model, "encode_text"):
+            return found
+        learnt = self._classifier(cell, model, bias=0)
+        return None if learnt is None else found + learnt
+
+    def _classifier(self, cell: Cell, model: nn.Module, bias: int) -> int | None:
+        """Parameters of a linear classifier on image features, ``bias`` of them a class."""
+        dataset, width = self.dataset(cell.data), _embed_dim(model)
+        if dataset is None or width is None:
+            return None
+        return (width + bias) * len(dataset.class_names)
 
 
 def _embed_dim(model: nn.Module) -> int | None:

@@ -79,6 +79,7 @@ def linear_probe(
     }
     return Evaluation(results, context), {
         "parameters": int(probe.coef_.size + probe.intercept_.size),
+        "train_images": len(data.train_keys),
         "options": {"C": strength},
         "val_acc1": val_acc1,
     }

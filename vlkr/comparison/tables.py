@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -125,9 +125,7 @@ def parameters_row(collected: Collected, label: str = "trained parameters") -> l
             if outcome.entry.method == method
             for result in outcome.results
         }
-        cells.append(
-            " to ".join(f"{n:,}" for n in sorted({min(numbers), max(numbers)})) if numbers else ""
-        )
+        cells.append(_range(numbers))
     return [label, *cells]
 
 
@@ -237,9 +235,14 @@ def p_value(p: float | None) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def _range(numbers: Collection[int]) -> str:
+    return " to ".join(f"{n:,}" for n in sorted({min(numbers), max(numbers)})) if numbers else ""
+
+
 def cost_table(collected: Collected) -> list[list[str]]:
     """What a cell of each method costs, the mean over its finished cells and the largest memory."""
-    rows = [["method", "parameters", "cells", "training s", "whole cell s", "peak memory MiB"]]
+    header = ["method", "parameters", "training images", "cells", "training s", "whole cell s"]
+    rows = [[*header, "peak memory MiB"]]
     for method, parameters in zip(collected.methods, parameters_row(collected)[1:], strict=True):
         ids = {
             cell
@@ -258,6 +261,7 @@ def cost_table(collected: Collected) -> list[list[str]]:
             [
                 method,
                 parameters,
+                _range({f["train_images"] for f in found if f.get("train_images") is not None}),
                 f"{len(found)} of {len(ids)}",
                 *seconds,
                 f"{max(memory):,.0f}" if memory else "",

@@ -127,6 +127,7 @@ def adapt(
             "options": training.options,
             "parameters": training.parameters,
             **data.context(),
+            "training images": training.images,
             "classes per step": data.classes_per_step,
             "seed": seed,
             "checkpoint": "last iteration",

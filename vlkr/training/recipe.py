@@ -44,6 +44,8 @@ class Training:
     Attributes:
         options: of the adapter, its size found where a budget was to be met.
         parameters: trained ones.
+        images: different ones that were trained on; fewer than the shots ask for where a class
+            has no more.
         seconds: of training.
         val_acc1: of the last epoch, on the few images set aside; None where there are none.
         device: trained on.
@@ -51,6 +53,7 @@ class Training:
 
     options: dict[str, Any]
     parameters: int
+    images: int
     seconds: float
     val_acc1: float | None
     device: str
@@ -83,7 +86,8 @@ def train(
 
     Raises:
         VlkrError: for targets that match nothing, a budget that cannot be met, a class without
-            images, or a loss that is not finite.
+            images, a loss that is not finite, or a checkpoint that is damaged or of another
+            configuration.
     """
     checkpoint = output / CHECKPOINT
     L.seed_everything(seed, workers=True, verbose=False)
@@ -136,6 +140,7 @@ def train(
     return Training(
         options,
         sum(p.numel() for p in module.trained_parameters()),
+        len(datamodule.train_keys),
         seconds,
         None if val_acc1 is None else round(float(val_acc1), 6),
         str(lightning_trainer.strategy.root_device),
