@@ -164,7 +164,8 @@ def interpolate(
         batch_size: images at a time.
         num_workers: processes that decode images.
         device: ``auto``, ``cpu``, ``cuda``, ...
-        cache: keep image features on disk where the image tower has no adapter.
+        cache: keep class embeddings, and image features where the image tower has no adapter, on
+            disk.
         output: folder for ``interpolation.json``, ``report.md`` and ``interpolation.png``.
         force: write into a folder that holds something.
 
