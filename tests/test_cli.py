@@ -90,6 +90,12 @@ def test_an_unknown_command_of_a_group_is_named_in_full(capsys):
     assert message.startswith("vlkr: error: unknown command 'data pakc'; known: data pack,")
 
 
+def test_a_process_ends_without_searching_for_garbage():
+    code = "import gc, sys; from vlkr.cli import run; print(run(), gc.get_freeze_count() > 1000)"
+    done = vlkr("-c", code, "--version", check=True)
+    assert done.stdout.splitlines()[-1] == "0 True"
+
+
 def test_version():
     assert vlkr("-m", "vlkr", "--version", check=True).stdout == f"vlkr {__version__}\n"
 

@@ -1,5 +1,5 @@
 import sys
 
-from vlkr.cli import main
+from vlkr.cli import run
 
-sys.exit(main())
+sys.exit(run())

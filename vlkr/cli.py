@@ -99,6 +99,16 @@ COMMANDS = {
 }
 
 
+def run() -> int:
+    """:func:`main` for a process that ends behind it, at once.
+
+    Python would search everything that was imported for garbage first, which takes seconds.
+    """
+    status = main()
+    gc.freeze()
+    return status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 

@@ -262,7 +262,7 @@ def test_a_launcher_that_fails_is_reported(options, tmp_path, launcher, message)
 
 
 def test_a_launcher_that_only_submits_says_how_to_collect(options, tmp_path):
-    with pytest.raises(VlkrError, match=r"none of 1 cells is finished; .*--jobs 0"):
+    with pytest.raises(VlkrError, match=r"none of 1 cells is finished yet; .*--jobs 0"):
         compare(tmp_path / "out", methods=["zero-shot"], launcher="true {command}", **options)
 
 

@@ -323,10 +323,12 @@ def bad_source():
 def test_a_bad_sample_stops_and_is_named(workers):
     with pytest.raises(VlkrError) as caught:
         list(evaluation_loader(bad_source(), pixels, 2, workers))
-    assert str(caught.value) in (
+    reason, _, hint = str(caught.value).partition("; ")
+    assert reason in (
         "1.tar, sample 'k3' is no image in a format that is known",
         "2.tar, sample 'x' has no label",
     )
+    assert hint == "max_bad lets such samples be skipped"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -152,7 +152,9 @@ def test_corrupt_image_is_told_in_one_line(small, tmp_path, capsys, workers):
     arguments = ["evaluate", "--model", small, "--datasets", str(root)]
     assert main([*arguments, "--num-workers", str(workers)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error == "vlkr: error: sample 'red/1.png' is no image in a format that is known"
+    reason, _, hint = error.partition("; ")
+    assert reason == "vlkr: error: sample 'red/1.png' is no image in a format that is known"
+    assert hint == "max_bad lets such samples be skipped"
 
 
 def test_damaged_shard_is_told(small, tmp_path):
