@@ -119,7 +119,8 @@ def demo(output: Path = Path("runs/demo"), quick: bool = False, force: bool = Fa
 
 def _demo(output: Path, quick: bool, force: bool) -> DemoResult:
     from vlkr.evaluation.zero_shot import evaluate_bundle
-    from vlkr.models.clip import TINY, load_clip
+    from vlkr.models.clip import load_clip
+    from vlkr.models.names import TINY
 
     seeds = [1] if quick else [1, 2, 3]
     epochs = 2 if quick else 20

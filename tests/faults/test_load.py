@@ -17,9 +17,9 @@ from helpers import COLORS, ROOT, color_image, write_tar
 from PIL import Image
 
 from vlkr.cli import main
-from vlkr.comparison.cell import CONFIG, RESULT
 from vlkr.comparison.engine import run_cells
 from vlkr.comparison.plan import Cell
+from vlkr.comparison.results import CONFIG, RESULT
 from vlkr.evaluation.zero_shot import _TEXTS_AT_A_TIME
 from vlkr.files import read_json, write_json
 from vlkr.models.loading import load_model

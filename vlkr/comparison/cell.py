@@ -23,7 +23,7 @@ from vlkr.adapters import match_budget, remove_adapters
 from vlkr.adapters.inject import hosts
 from vlkr.comparison.plan import PROBE, RUN, ZERO_SHOT, Cell
 from vlkr.comparison.probe import linear_probe
-from vlkr.errors import VlkrError
+from vlkr.comparison.results import CONFIG, ERROR, PREDICTIONS, RESULT, is_finished, write_error
 from vlkr.evaluation.predictions import Predictions
 from vlkr.evaluation.report import Evaluation
 from vlkr.evaluation.runs import load_run
@@ -35,32 +35,7 @@ from vlkr.training.module import trained_parameters
 from vlkr.training.recipe import train
 from vlkr.training.trainer import CHECKPOINT
 
-RESULT, ERROR, CONFIG, PREDICTIONS = (
-    "result.json",
-    "error.json",
-    "cell.json",
-    "predictions.safetensors",
-)
 BATCH_SIZE = 128
-
-
-def is_finished(folder: Path, cell: Cell) -> bool:
-    """Whether the folder holds this cell's result.
-
-    Raises:
-        VlkrError: if it holds that of another configuration.
-    """
-    if not (folder / RESULT).is_file():
-        return False
-    found = read_json(folder / RESULT)
-    if found.get("hash") == cell.hash:
-        return True
-    before = read_json(folder / CONFIG)["cell"]
-    changed = _differences(before, cell.to_json())
-    raise VlkrError(
-        f"{folder} holds a result of another configuration ({'; '.join(changed)}); name another "
-        "folder, or --force computes such cells again"
-    )
 
 
 def run_cell(cell: Cell, folder: Path) -> bool:
@@ -117,11 +92,6 @@ def _compute(cell: Cell, folder: Path) -> None:
         )
     owner.unlink()
     shutil.rmtree(folder / "run" / Path(CHECKPOINT).parts[0], ignore_errors=True)
-
-
-def write_error(folder: Path, kind: str, message: str, details: str = "") -> None:
-    """Records that a cell failed."""
-    write_json(folder / ERROR, {"type": kind, "message": message, "traceback": details})
 
 
 def _measure(cell: Cell, folder: Path, resume: bool) -> tuple[Evaluation, dict[str, Any]]:
@@ -227,22 +197,6 @@ def _write_predictions(evaluation: Evaluation, path: Path) -> None:
         keys[result.dataset] = blake2b("\n".join(predictions.keys).encode()).hexdigest()
     with atomic_file(path) as temporary:  # one entry, for the order of several is random
         save_file(tensors, temporary, metadata={"keys": json.dumps(keys)})
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """What has changed, in words.
-
-    >>> _differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
-    ['a.c is 3 now and was 2']
-    """
-    found = []
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key} is {new} now and was {old}")
-    return found
 
 
 @dataclass

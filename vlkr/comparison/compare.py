@@ -31,7 +31,6 @@ from vlkr.comparison.running import (
     referred,
     run_grid,
 )
-from vlkr.comparison.spectra import spectra_parts
 from vlkr.comparison.tables import (
     Table,
     Values,
@@ -183,6 +182,8 @@ def compare_report(
         tables.append(Table("Differences, set by set", rows, DIFFERENCES, brief=False))
     pictures = _pictures(found, sets, shots, panels, most)
     if spectra:
+        from vlkr.comparison.spectra import spectra_parts  # which loads the runs' models
+
         more_tables, more_pictures = spectra_parts(found, most)
         tables += more_tables
         pictures += more_pictures

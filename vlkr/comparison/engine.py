@@ -18,8 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from vlkr.comparison.cell import ERROR, RESULT, forget_model, is_finished, run_cell, write_error
 from vlkr.comparison.plan import Cell, Plan
+from vlkr.comparison.results import ERROR, RESULT, is_finished, write_error
 from vlkr.errors import VlkrError
 from vlkr.files import check_free, read_json, write_json
 
@@ -104,7 +104,7 @@ def run_plan(
     try:
         if launcher != "local":
             _launch(plan.command, left, output, jobs, launcher)
-        elif jobs == 1:
+        elif left and jobs == 1:
             _run_here(left, output)
         elif left:
             _run_beside(plan.command, left, output, min(jobs, len(left)))
@@ -126,6 +126,8 @@ def run_cells(output: Path, ids: Sequence[str]) -> CellsDone:
     Raises:
         VlkrError: for a folder without a plan, an unknown cell, or one that was named and failed.
     """
+    from vlkr.comparison.cell import forget_model, run_cell
+
     path = output / PLAN
     if not path.is_file():
         raise VlkrError(f"no plan in {output}; start without --cell first")
@@ -147,6 +149,8 @@ def run_cells(output: Path, ids: Sequence[str]) -> CellsDone:
 
 
 def _run_here(cells: Sequence[Cell], output: Path) -> None:
+    from vlkr.comparison.cell import forget_model, run_cell  # a report needs none of it
+
     console = Console(stderr=True)
     started = time.perf_counter()
     for i, cell in enumerate(cells):

@@ -14,9 +14,8 @@ from matplotlib.figure import Figure
 
 from vlkr.comparison.outcomes import Collected
 from vlkr.comparison.plan import ZERO_SHOT
-from vlkr.evaluation.metrics import ReliabilityBin
 from vlkr.evaluation.plots import plot_reliability, save_figure
-from vlkr.evaluation.report import DatasetResult
+from vlkr.evaluation.report import DatasetResult, ReliabilityBin
 
 #: a method's values in a place, one a seed.
 At = Callable[[str, dict[str, Any]], list[float]]

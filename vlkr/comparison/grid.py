@@ -12,7 +12,7 @@ from vlkr.comparison.options import GridOptions, MethodOptions
 from vlkr.comparison.plan import PROBE, ZERO_SHOT, Candidate, Cell, EvalSet, Reading, slug
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
-from vlkr.models.clip import absolute_names
+from vlkr.models.names import absolute_names
 from vlkr.training.options import AdapterOptions
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from vlkr.comparison.cell import ERROR, PREDICTIONS, RESULT
 from vlkr.comparison.engine import cell_folder
 from vlkr.comparison.plan import Candidate, Cell, Entry, Plan, Reading
+from vlkr.comparison.results import ERROR, PREDICTIONS, RESULT
 from vlkr.errors import VlkrError
 from vlkr.files import read_json
 

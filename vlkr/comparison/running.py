@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from vlkr.comparison.dry_run import DryRun, dry_run
 from vlkr.comparison.engine import CellsDone, run_cells, run_plan
 from vlkr.comparison.grid import Method, check_grid, resolved
 from vlkr.comparison.options import GridOptions
@@ -18,8 +17,11 @@ from vlkr.datasets import DataOptions, Dataset
 from vlkr.errors import VlkrError
 from vlkr.files import resource
 
+if TYPE_CHECKING:
+    from vlkr.comparison.dry_run import DryRun
+
 #: what a grid's command gives: the report, or what was asked for in its place.
-Found = Report | CellsDone | DryRun
+Found: TypeAlias = "Report | CellsDone | DryRun"
 
 
 def run_grid(
@@ -44,6 +46,8 @@ def run_grid(
     check_grid(grid)
     plan = make_plan()
     if grid.dry_run:
+        from vlkr.comparison.dry_run import dry_run
+
         return dry_run(plan)
     _check_data(plan)
     run_plan(plan, output, jobs=grid.jobs, launcher=grid.launcher, force=grid.force)

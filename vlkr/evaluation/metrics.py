@@ -23,30 +23,12 @@ from torchmetrics.functional.classification import (
 
 from vlkr.errors import VlkrError
 from vlkr.evaluation.predictions import Predictions
+from vlkr.evaluation.report import ReliabilityBin
 
 BINS = 15
 _CLIP = 1e-3
 # torchmetrics opens a bin of its own for a confidence of exactly 1.
 _BELOW_ONE = math.nextafter(1.0, 0.0)
-
-
-@dataclass(frozen=True)
-class ReliabilityBin:
-    """The images whose confidence lies in ``[lower, upper)``, of the last bin also ``upper``.
-
-    Attributes:
-        lower: edge.
-        upper: edge.
-        images: their number, at least 1.
-        confidence: their mean.
-        accuracy: the fraction predicted correctly.
-    """
-
-    lower: float
-    upper: float
-    images: int
-    confidence: float
-    accuracy: float
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.text import Text
 from vlkr.errors import printable
 
 if TYPE_CHECKING:
-    from vlkr.evaluation.metrics import Confused, DomainAccuracy, ReliabilityBin
+    from vlkr.evaluation.metrics import Confused, DomainAccuracy
     from vlkr.evaluation.predictions import Predictions
 
 METRICS = {
@@ -29,6 +29,25 @@ MORE_METRICS = {
     "worst_domain_acc1": "worst domain, top-1 %",
     "effective_robustness": "effective robustness, points",
 }
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """The images whose confidence lies in ``[lower, upper)``, of the last bin also ``upper``.
+
+    Attributes:
+        lower: edge.
+        upper: edge.
+        images: their number, at least 1.
+        confidence: their mean.
+        accuracy: the fraction predicted correctly.
+    """
+
+    lower: float
+    upper: float
+    images: int
+    confidence: float
+    accuracy: float
 
 
 @dataclass(frozen=True)

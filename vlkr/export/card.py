@@ -14,7 +14,8 @@ from vlkr.export.formats import Description, Subject
 from vlkr.export.hub import is_repository
 from vlkr.export.parity import Parity
 from vlkr.files import read_json, read_yaml, resource
-from vlkr.models.clip import TINY, ClipBundle, hub_repository
+from vlkr.models.clip import ClipBundle, hub_repository
+from vlkr.models.names import TINY
 from vlkr.version import __version__
 
 _MOST_NAMES = 20

@@ -22,11 +22,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vlkr.errors import VlkrError
-from vlkr.files import resource
 from vlkr.hashing import weights_hash
 from vlkr.models.classifier import ClassHead
+from vlkr.models.names import model_source
 
-TINY = "tiny"
 _LOAD_ERRORS = (
     OSError,
     RuntimeError,
@@ -92,7 +91,7 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipBundle:
     Raises:
         VlkrError: for an unknown model or tag, a missing path, or weights that do not fit.
     """
-    source = _source(name)
+    source = model_source(name)
     _check_names(source, name, pretrained)
     schema = source.startswith(("local-dir:", "hf-hub:"))
     # openai's weights need QuickGELU, which the plain architecture names leave out.
@@ -129,7 +128,7 @@ def clip_shapes(name: str) -> nn.Module:
     Raises:
         VlkrError: if it is unknown, or known to the hub alone.
     """
-    source = _source(name)
+    source = model_source(name)
     if source.startswith("hf-hub:"):
         raise VlkrError(f"the architecture of {name!r} is on the hub")
     if not source.startswith("local-dir:") and source not in open_clip.list_models():
@@ -142,29 +141,6 @@ def clip_shapes(name: str) -> nn.Module:
     except _LOAD_ERRORS as error:
         raise VlkrError(f"cannot read the architecture of {name!r}: {error}") from error
     return cast(nn.Module, model)
-
-
-def absolute_names(name: str, pretrained: str | None) -> tuple[str, str | None]:
-    """The same model and weights, with paths that hold from any working folder."""
-    source = _source(name)
-    folder = name.partition("timm:local-dir:")[2]
-    if folder:
-        name = f"timm:local-dir:{Path(folder).resolve()}"
-    elif name != TINY and source.startswith("local-dir:"):
-        name = f"local-dir:{Path(source.removeprefix('local-dir:')).resolve()}"
-    if pretrained is not None and Path(pretrained).is_file():
-        pretrained = str(Path(pretrained).resolve())
-    return name, pretrained
-
-
-def _source(name: str) -> str:
-    if name == TINY:
-        return f"local-dir:{resource('models/tiny_clip')}"
-    if name.startswith("local-dir:"):
-        return name
-    if (Path(name) / "open_clip_config.json").is_file():
-        return f"local-dir:{name}"
-    return name if name.startswith("hf-hub:") else name.replace("/", "-")
 
 
 def _check_names(source: str, name: str, pretrained: str | None) -> None:
@@ -282,7 +258,7 @@ def hub_repository(name: str, pretrained: str | None) -> str | None:
         name: as :func:`load_clip` takes it.
         pretrained: likewise.
     """
-    source = _source(name)
+    source = model_source(name)
     if source.startswith("hf-hub:"):
         return source.removeprefix("hf-hub:").partition("@")[0]
     if source.startswith("local-dir:") or pretrained is None:

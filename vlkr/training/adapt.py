@@ -12,6 +12,7 @@ from rich.console import Console
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.files import check_free, exclusive, write_json, write_text
+from vlkr.models.names import absolute_names
 from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
 if TYPE_CHECKING:
@@ -89,7 +90,6 @@ def adapt(
     from vlkr.adapters.registry import adapter_class
     from vlkr.evaluation.report import evaluation_markdown
     from vlkr.evaluation.zero_shot import evaluate_bundle
-    from vlkr.models.clip import absolute_names
     from vlkr.models.loading import load_model
     from vlkr.training.interruption import is_requeued, tells_how_to_go_on
     from vlkr.training.recipe import is_first_process, train

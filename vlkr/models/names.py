@@ -1,0 +1,33 @@
+"""Names of models, and where they come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlkr.files import resource
+
+TINY = "tiny"
+
+
+def absolute_names(name: str, pretrained: str | None) -> tuple[str, str | None]:
+    """The same model and weights, with paths that hold from any working folder."""
+    source = model_source(name)
+    folder = name.partition("timm:local-dir:")[2]
+    if folder:
+        name = f"timm:local-dir:{Path(folder).resolve()}"
+    elif name != TINY and source.startswith("local-dir:"):
+        name = f"local-dir:{Path(source.removeprefix('local-dir:')).resolve()}"
+    if pretrained is not None and Path(pretrained).is_file():
+        pretrained = str(Path(pretrained).resolve())
+    return name, pretrained
+
+
+def model_source(name: str) -> str:
+    """The name as open_clip takes it."""
+    if name == TINY:
+        return f"local-dir:{resource('models/tiny_clip')}"
+    if name.startswith("local-dir:"):
+        return name
+    if (Path(name) / "open_clip_config.json").is_file():
+        return f"local-dir:{name}"
+    return name if name.startswith("hf-hub:") else name.replace("/", "-")
