@@ -14,7 +14,6 @@ from vlkr.datasets import Sample
 from vlkr.datasets.pipelines import decode_image
 from vlkr.errors import VlkrError
 from vlkr.models.clip import (
-    absolute_names,
     encode_image,
     encode_text,
     image_size,
@@ -23,6 +22,7 @@ from vlkr.models.clip import (
     pick_device,
     save_open_clip_folder,
 )
+from vlkr.models.names import absolute_names
 
 TEXTS = ["red", "a photo of a green thing.", "a very long text " * 20]
 
