@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import gc
 import importlib
 import inspect
@@ -17,11 +16,10 @@ import threading
 import traceback
 import warnings
 from argparse import HelpFormatter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 from vlkr.errors import VlkrError
 from vlkr.version import __version__
@@ -248,6 +246,8 @@ def _run(name: str, arguments: list[str]) -> int:
     from jsonargparse import ArgumentError, ArgumentParser
     from rich.console import Console
 
+    from vlkr.arguments import explain, kebab, named, normalise, plain, shipped_config
+
     module_name, function_name = COMMANDS[name].function.split(":")
     function = getattr(importlib.import_module(module_name), function_name)
     # Else the parser would import the heavy type of the result, which is no option.
@@ -258,7 +258,7 @@ def _run(name: str, arguments: list[str]) -> int:
         """Shows options in kebab case, and types without Python's decoration."""
 
         def format_help(self, formatter: HelpFormatter | None = None) -> str:
-            return _kebab(_plain(super().format_help(formatter)).replace("``", ""))
+            return kebab(plain(super().format_help(formatter)).replace("``", ""))
 
     positional = COMMANDS[name].positional
     parser = Parser(
@@ -273,10 +273,7 @@ def _run(name: str, arguments: list[str]) -> int:
     types = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     lists = {name for name, hint in types.items() if re.search(r"\b(list|tuple)\[", str(hint))}
     # A value behind one of these may be the first positional.
-    flags = {
-        "json",
-        *(n for n, hint in types.items() if hint is bool and COMMANDS[name].positional),
-    }
+    flags = {"json", *(dest for dest, hint in types.items() if hint is bool and positional)}
     for action in parser._actions:
         if types[action.dest] is bool:
             action.nargs, action.const, action.metavar = "?", True, None  # a plain --flag
@@ -284,12 +281,11 @@ def _run(name: str, arguments: list[str]) -> int:
             action.metavar = f"{action.dest.rpartition('.')[2].upper()} ..."
             action.option_strings = action.option_strings[:1]  # without jsonargparse's --option+
     try:
-        normal = _normalise(_shipped_config(arguments), lists, flags)
-        named = _named(normal, positional, lists)
-        parsed = parser.parse_args(named)
+        normal = normalise(shipped_config(arguments), lists, flags)
+        parsed = parser.parse_args(named(normal, positional, lists))
         options = parser.instantiate(parsed).as_dict()
     except ArgumentError as error:
-        raise VlkrError(_explain(str(error), types)) from error
+        raise VlkrError(explain(str(error), types)) from error
     options.pop("config", None)
     as_json = options.pop("json")
     result = function(**options)
@@ -307,152 +303,3 @@ def _is_first_process() -> bool:
     """Of those that compute side by side, each of which runs the whole command."""
     ranks = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
     return all(os.environ.get(rank, "0") == "0" for rank in ranks)
-
-
-def _normalise(
-    arguments: list[str], lists: Collection[str], flags: Collection[str] = ()
-) -> list[str]:
-    """Options and values in jsonargparse's form: names as in Python, lists in brackets.
-
-    Flags take a value only where it is true or false.
-
-    >>> _normalise(["--data.batch-size", "8", "--blocks", "0", "-1", "--force"], ["blocks"])
-    ['--data.batch_size=8', '--blocks=["0", "-1"]', '--force']
-    >>> _normalise(["--force", "photos"], [], ["force"])
-    ['--force', 'photos']
-    """
-    found: list[str] = []
-    values: list[str] = []
-
-    def flush() -> None:
-        if values and found and found[-1].startswith("--") and "=" not in found[-1]:
-            name = found[-1][2:].rstrip("+")
-            if name in lists and not _is_yaml_list(values):
-                found[-1] += f"={json.dumps(values)}"
-                values.clear()
-            elif name not in flags or values[0].lower() in ("true", "false", "yes", "no"):
-                found[-1] += f"={values.pop(0)}"
-        found.extend(values)
-        values.clear()
-
-    for argument in arguments:
-        if argument.startswith("--"):
-            flush()
-            name, equals, value = argument.partition("=")
-            found.append("--" + name[2:].replace("-", "_") + equals)
-            if equals:
-                values.append(value)
-                found[-1] = found[-1][:-1]
-                flush()
-        else:
-            values.append(argument)
-    flush()
-    return found
-
-
-def _named(arguments: list[str], positional: Sequence[str], lists: Collection[str]) -> list[str]:
-    """Gives bare values the names of the positional parameters.
-
-    >>> _named(["a", "--force", "b", "c"], ["source", "images"], ["images"])
-    ['--force', '--source=a', '--images=["b", "c"]']
-    """
-    named = [argument for argument in arguments if argument.startswith("-")]
-    bare = [argument for argument in arguments if not argument.startswith("-")]
-    for name in positional:
-        if bare:
-            values, bare = (bare, []) if name in lists else (bare[:1], bare[1:])
-            value = json.dumps(values) if name in lists else values[0]
-            named.append(f"--{name}={value}")
-    return named + bare
-
-
-def _is_yaml_list(values: list[str]) -> bool:
-    return len(values) == 1 and (values[0].startswith("[") or values[0] == "null")
-
-
-def _kebab(text: str) -> str:
-    return re.sub(r"--[\w.]+", lambda option: option.group().replace("_", "-"), text)
-
-
-def _plain(text: str) -> str:
-    """Types without Python's decoration: ``<class 'pathlib.Path'>`` is ``Path``."""
-    text = re.sub(r"<class\s+'(?:\w+\.)*(\w+)'>", r"\1", text)
-    return re.sub(r"\b(?:typing|pathlib)\.", "", text)
-
-
-_WORDS = {
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-    "list[int]": "whole numbers",
-    "list[float]": "numbers",
-    "tuple[float, float]": "two numbers",
-    "dict[str, Any]": "a mapping such as '{name: value}', with a space behind the colon",
-}
-
-
-def _in_words(hint: Any) -> str:
-    """A type as a user would call it.
-
-    >>> _in_words(float), _in_words(list[int] | None), _in_words(Path)
-    ('a number', 'whole numbers', 'Path')
-    """
-    text = re.sub(r"^Optional\[(.*)\]$", r"\1", _plain(str(hint)).replace(" | None", ""))
-    return _WORDS.get(text, text)
-
-
-def _explain(error: str, types: dict[str, Any]) -> str:
-    """The parser's complaint, as a user would put it.
-
-    >>> _explain("the following arguments are required: run, output", {})
-    '--run, --output missing'
-    >>> _explain("unrecognized arguments: --lr=1", {"optimizer.lr": float})
-    'unknown option --lr; did you mean --optimizer.lr?'
-    """
-    if required := re.fullmatch(r"the following arguments are required: (.*)", error):
-        return _kebab("--" + required[1].replace(", ", ", --") + " missing")
-    if wrong := re.match(r'Parser key "([\w.]+)":', error):
-        values = re.findall(r"(?:Got|Given) value: (.*)", error)
-        if values and wrong[1] in types:
-            expected = _in_words(types[wrong[1]])
-            return f"{_kebab('--' + wrong[1])} expects {expected}, not {values[-1]}"
-    if unknown := re.match(r"unrecognized arguments: (\S+)", error):
-        name = unknown[1].partition("=")[0]
-        if not name.startswith("--"):
-            return f"unexpected argument {name!r}"
-        return _kebab(f"unknown option {name}{_nearest(name[2:], types, '--')}")
-    if unknown := re.search(r"(?:Group '(.*)' does not accept option|Option) '([^']*)'", error):
-        name = ".".join(filter(None, unknown.groups()))
-        return f"unknown option {name!r} in the configuration{_nearest(name, types)}"
-    return _kebab(error)
-
-
-def _nearest(name: str, known: Collection[str], prefix: str = "") -> str:
-    near = [k for k in known if k.endswith(f".{name}")] or difflib.get_close_matches(
-        name, known, n=1
-    )
-    return f"; did you mean {' or '.join(prefix + k for k in near)}?" if near else ""
-
-
-def _shipped_config(arguments: list[str]) -> list[str]:
-    """Lets ``--config configs/...`` name a file that ships, from whichever folder."""
-    from vlkr.files import read_yaml, resource
-
-    found = list(arguments)
-    for i, argument in enumerate(found):
-        name, _, value = argument.partition("=")
-        if name != "--config":
-            continue
-        value = value or (found[i + 1] if i + 1 < len(found) else "")
-        path = Path(value)
-        if not path.is_file() and value.startswith("configs/"):
-            path = resource(value)
-        if not path.is_file():
-            raise VlkrError(f"no config file {value!r}")
-        if "config" in read_yaml(path):
-            raise VlkrError(f"{path} names another config; give each with an option of its own")
-        if argument == "--config":
-            found[i + 1] = str(path)
-        else:
-            found[i] = f"--config={path}"
-    return found

@@ -24,6 +24,7 @@ from vlkr.evaluation.spectra import (
 )
 from vlkr.evaluation.spectrum import spectrum
 from vlkr.evaluation.spectrum_report import Layer, Run
+from vlkr.models.clip import load_clip
 from vlkr.training.options import AdapterOptions
 
 
@@ -219,3 +220,10 @@ def test_a_scaled_adapter_has_a_scaled_spectrum(run, tmp_path):
     for name in ("frobenius_norm", "ratio"):
         assert quarter.mean(name) == pytest.approx(0.25 * whole.mean(name), rel=1e-4)
     assert quarter.mean("effective_rank") == pytest.approx(whole.mean("effective_rank"), rel=1e-4)
+
+
+def test_adapters_of_another_name_are_passed_over(small):
+    model = load_clip(small).model
+    found = add_adapters(model, "lora", targets=["q"])
+    add_adapters(model, "lora", targets=["fc1"], adapter_name="other")
+    assert [layer.name for layer in model_spectra(model)] == [target.path for target in found]

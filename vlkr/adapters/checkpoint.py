@@ -57,7 +57,6 @@ def save_adapter(
         raise VlkrError("the adapters are merged for now; save them outside of merged(model)")
     method = registered_name(placed[0].adapter)
     options = placed[0].adapter.options()
-    scales = (h.adapter_scales[adapter_name] for _, h in hosts(model) if adapter_name in h.adapters)
     modules = [
         {
             "module": p.module,
@@ -74,7 +73,7 @@ def save_adapter(
         "base_model_name_or_path": base_model,
         "base_model_sha256": weights_hash(model),
         "options": options,
-        "scale": next(scales),
+        "scale": placed[0].scale,
         "modules": modules,
         "vlkr_version": __version__,
     }

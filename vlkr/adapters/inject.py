@@ -124,12 +124,16 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, AdapterHost]]:
 
 @dataclass(frozen=True)
 class Placed:
-    """An adapter in its place: the host's qualified name, the slot and what sits there."""
+    """An adapter in its place: the host's qualified name, the slot and what sits there.
+
+    Its change counts ``scale`` times.
+    """
 
     module: str
     name: str
     slot: Slot
     adapter: Adapter
+    scale: float
 
     @property
     def key(self) -> str:
@@ -144,7 +148,7 @@ def placed_adapters(model: nn.Module, adapter_name: str = "default") -> list[Pla
         VlkrError: if the model carries none of that name.
     """
     placed = [
-        Placed(path, name, host.slots[name], adapter)
+        Placed(path, name, host.slots[name], adapter, host.adapter_scales[adapter_name])
         for path, host in hosts(model)
         if adapter_name in host.adapters
         for name, adapter in host.adapters[adapter_name].items()  # type: ignore[operator]

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from vlkr.adapters import match_budget, remove_adapters
 from vlkr.adapters.inject import hosts
-from vlkr.comparison.plan import PROBE, RUN, ZERO_SHOT, Cell
+from vlkr.comparison.plan import PROBE, ZERO_SHOT, Cell
 from vlkr.comparison.probe import linear_probe
 from vlkr.comparison.results import CONFIG, ERROR, PREDICTIONS, RESULT, is_finished, write_error
 from vlkr.evaluation.predictions import Predictions
@@ -110,7 +110,7 @@ def _measure(cell: Cell, folder: Path, resume: bool) -> tuple[Evaluation, dict[s
                 evaluation, probed = linear_probe(bundle, cell, device, BATCH_SIZE)
                 found |= probed
             else:
-                if cell.kind == RUN:
+                if cell.run is not None:
                     trained = trained_parameters(bundle.model, bundle.head)
                     found["parameters"] = sum(parameter.numel() for parameter in trained)
                     found["train_images"] = _images_of_run(cell.run)
@@ -165,10 +165,10 @@ def _train(cell: Cell, bundle: ClipBundle, output: Path, resume: bool) -> dict[s
     }
 
 
-def _images_of_run(run: Path | None) -> int | None:
+def _images_of_run(run: Path) -> int | None:
     """How many images a run was trained on, as it says itself."""
-    path = None if run is None else run / "metrics.json"
-    return read_json(path).get("training images") if path and path.is_file() else None
+    path = run / "metrics.json"
+    return read_json(path).get("training images") if path.is_file() else None
 
 
 @lru_cache(maxsize=1)

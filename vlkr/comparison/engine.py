@@ -97,16 +97,16 @@ def run_plan(
         output / PLAN,
         {"command": plan.command, "cells": [cell.to_json() for cell in plan.cells]},
     )
-    if jobs == 0:
+    if jobs == 0 or not left:
         return
     for cell in left:
         (cell_folder(output, cell.id) / ERROR).unlink(missing_ok=True)
     try:
         if launcher != "local":
             _launch(plan.command, left, output, jobs, launcher)
-        elif left and jobs == 1:
+        elif jobs == 1:
             _run_here(left, output)
-        elif left:
+        else:
             _run_beside(plan.command, left, output, min(jobs, len(left)))
     except KeyboardInterrupt as error:
         done = sum(state(output, cell.id) == "finished" for cell in plan.cells)

@@ -12,7 +12,7 @@ from vlkr.comparison.options import GridOptions, MethodOptions
 from vlkr.comparison.plan import PROBE, ZERO_SHOT, Candidate, Cell, EvalSet, Reading, slug
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
-from vlkr.models.names import absolute_names
+from vlkr.models.names import absolute_names, is_timm
 from vlkr.training.options import AdapterOptions
 
 
@@ -60,7 +60,7 @@ def check_grid(grid: GridOptions) -> None:
     if grid.trainer.devices > 1 or grid.trainer.num_nodes > 1:
         raise VlkrError("a cell trains on one device; --jobs and --launcher share out the cells")
     methods = resolved(grid)
-    if grid.model.startswith("timm:") and any(m.kind == ZERO_SHOT for m in methods):
+    if is_timm(grid.model) and any(m.kind == ZERO_SHOT for m in methods):
         raise VlkrError(f"{grid.model} has no text for {ZERO_SHOT}; leave it out of the methods")
     labels = [method.label for method in methods]
     for label in labels:

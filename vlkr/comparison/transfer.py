@@ -45,6 +45,7 @@ from vlkr.datasets.parallel import sha256
 from vlkr.errors import VlkrError
 from vlkr.evaluation.metrics import base_to_new
 from vlkr.evaluation.runs import run_config, run_labels, run_options
+from vlkr.models.names import is_timm
 
 NEW = " (new classes)"
 
@@ -53,8 +54,7 @@ def run_transfer(
     grid: GridOptions, output: Path, run: list[Path] | None, datasets: list[str] | None
 ) -> Found:
     """What :func:`~vlkr.comparison.commands.transfer` does."""
-    has_text = not grid.model.startswith("timm:")
-    if has_text and ZERO_SHOT not in [m.kind for m in resolved(grid)]:
+    if not is_timm(grid.model) and ZERO_SHOT not in [m.kind for m in resolved(grid)]:
         grid = replace(grid, methods=[ZERO_SHOT, *grid.methods])
 
     def plan() -> Plan:
@@ -81,8 +81,7 @@ def transfer_plan(
     names = tuple(chosen.name for chosen in sets)
     cells: list[Cell] = []
     entries: list[Entry] = []
-    has_text = not grid.model.startswith("timm:")
-    for method in [] if runs and not has_text else resolved(grid):
+    for method in [] if runs and is_timm(grid.model) else resolved(grid):
         found = grid_cells(grid, method, (names[0],), data, sets)
         candidates = tuple(candidate(setting, own, None) for setting, own in found)
         entries.append(Entry(method.label, {"source": names[0]}, candidates, names))

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from vlkr.adapters import load_adapter, save_adapter, set_adapter_scale
-from vlkr.adapters.inject import hosts
+from vlkr.adapters.inject import placed_adapters
 from vlkr.datasets import DataOptions, Dataset, load_dataset
 from vlkr.datasets.streaming import PickedSource
 from vlkr.datasets.transforms import to_tensor
@@ -19,24 +19,23 @@ from vlkr.files import read_json, read_yaml, write_text
 from vlkr.models.classifier import ClassHead
 from vlkr.models.clip import ClipBundle
 from vlkr.models.loading import load_model
+from vlkr.nested import flattened
 
 _NEEDED = {
     "": ("model", "pretrained", "seed"),
     "adapter": ("name", "options"),
     "data": ("name", "root", "shots", "templates", "test_fraction"),
 }
-# Options in which runs of one method may differ: where things are, and how they are computed.
-_NO_METHOD = {
-    "seed",
-    "data.name",
-    "data.root",
+# Options that say how a run is computed, and not what it learns.
+NEUTRAL = {
     "data.num_workers",
     "data.memory_gb",
     "data.max_bad",
-    "data.allow_commands",
     "trainer.accelerator",
     "trainer.progress",
 }
+# Those, and others in which runs of one method may differ.
+_NO_METHOD = {*NEUTRAL, "seed", "data.name", "data.root", "data.allow_commands"}
 
 
 def load_run(run: Path) -> tuple[ClipBundle, dict[str, Any]]:
@@ -119,7 +118,7 @@ def run_context(bundle: ClipBundle, config: dict[str, Any]) -> dict[str, Any]:
 
 def adapter_scale(bundle: ClipBundle) -> float:
     """The factor of a model's adapters, 1 as they are trained."""
-    return next(scale for _, host in hosts(bundle.model) for scale in host.adapter_scales.values())
+    return placed_adapters(bundle.model)[0].scale
 
 
 def run_labels(runs: Mapping[Path, dict[str, Any]]) -> dict[Path, str]:
@@ -145,19 +144,6 @@ def run_labels(runs: Mapping[Path, dict[str, Any]]) -> dict[Path, str]:
         values = [f"{key.rpartition('.')[2]}={flat[folder].get(key)}" for key in differing]
         labels[folder] = " ".join([name, *values])
     return labels
-
-
-def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by their dotted names.
-
-    >>> flattened({"adapter": {"name": "lora", "options": {"rank": 8}}, "seed": 1})
-    {'adapter.name': 'lora', 'adapter.options.rank': 8, 'seed': 1}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        flat |= flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def run_options(config: dict[str, Any]) -> DataOptions:

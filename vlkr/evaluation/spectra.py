@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vlkr.adapters.inject import hosts, placed_adapters
+from vlkr.adapters.inject import placed_adapters
 from vlkr.adapters.targets import Target, candidates
 from vlkr.evaluation.evaluate import evaluate
 from vlkr.evaluation.spectrum_report import Layer, Run
@@ -24,7 +24,6 @@ def model_spectra(model: nn.Module) -> list[Layer]:
     """The spectra of a model's adapters, in its order."""
     modules = dict(model.named_modules())
     known = {(target.module, target.slot): target for target in candidates(model)}
-    scales = {path: host.adapter_scales["default"] for path, host in hosts(model)}
     layers = []
     for placed in placed_adapters(model):
         if placed.adapter.adapts_bias:
@@ -33,7 +32,7 @@ def model_spectra(model: nn.Module) -> list[Layer]:
         # A parameter that no linear layer owns goes by its own name.
         plain = Target(placed.module, placed.slot, placed.name, weight.shape[1], weight.shape[0])
         target = known.get((placed.module, placed.slot), plain)
-        delta = scales[placed.module] * placed.adapter.delta(weight)
+        delta = placed.scale * placed.adapter.delta(weight)
         measures, sigma, base_sigma = layer_measures(delta.float(), weight.float())
         layers.append(
             Layer(

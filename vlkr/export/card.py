@@ -15,7 +15,7 @@ from vlkr.export.hub import is_repository
 from vlkr.export.parity import Parity
 from vlkr.files import read_json, read_yaml, resource
 from vlkr.models.clip import ClipBundle, hub_repository
-from vlkr.models.names import TINY
+from vlkr.models.names import TINY, is_timm
 from vlkr.version import __version__
 
 _MOST_NAMES = 20
@@ -68,7 +68,7 @@ def dataset_name(config: dict[str, Any]) -> str:
 def base_licence(subject: Subject) -> str | None:
     """Licence of the base model, where its own files, its card or timm tell; None elsewhere."""
     name, pretrained = subject.adapted.name, subject.adapted.pretrained
-    if name.startswith("timm:") and pretrained is None:
+    if is_timm(name) and pretrained is None:
         licence = getattr(subject.plain.visual, "pretrained_cfg", {}).get("license")
         return None if licence is None else str(licence)
     if pretrained == "openai":
@@ -93,7 +93,7 @@ def _last_part(name: str) -> str:
 def _base_repository(bundle: ClipBundle) -> str | None:
     """The base model as hubs name it; None for a name that is none there."""
     name = bundle.name
-    if not name.startswith("timm:"):
+    if not is_timm(name):
         name = hub_repository(name, bundle.pretrained) or _last_part(name)
     elif name.startswith(("timm:local-dir:", "timm:hf-hub:")):
         name = _last_part(name).removeprefix("timm:hf-hub:")

@@ -3,6 +3,7 @@ from __future__ import annotations
 from torch import nn
 
 from vlkr.models.clip import ClipBundle, clip_shapes, load_clip
+from vlkr.models.names import is_timm
 
 
 def load_model(name: str, pretrained: str | None = None) -> ClipBundle:
@@ -15,7 +16,7 @@ def load_model(name: str, pretrained: str | None = None) -> ClipBundle:
     Raises:
         VlkrError: for a model that is unknown or cannot be read.
     """
-    if name.startswith("timm:"):
+    if is_timm(name):
         from vlkr.models.vit import load_vit
 
         return load_vit(name, pretrained)
@@ -31,7 +32,7 @@ def load_shapes(name: str) -> nn.Module:
     Raises:
         VlkrError: for a model that is unknown, or known to the hub alone.
     """
-    if name.startswith("timm:"):
+    if is_timm(name):
         from vlkr.models.vit import vit_shapes
 
         return vit_shapes(name)

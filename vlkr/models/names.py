@@ -9,6 +9,11 @@ from vlkr.files import resource
 TINY = "tiny"
 
 
+def is_timm(name: str) -> bool:
+    """Whether a name is that of a timm model, an image encoder without text: ``timm:NAME``."""
+    return name.startswith("timm:")
+
+
 def absolute_names(name: str, pretrained: str | None) -> tuple[str, str | None]:
     """The same model and weights, with paths that hold from any working folder."""
     source = model_source(name)

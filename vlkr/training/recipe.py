@@ -19,22 +19,15 @@ from vlkr.datasets.pipelines import evaluation_loader
 from vlkr.datasets.streaming import PickedSource
 from vlkr.datasets.transforms import TrainTransform
 from vlkr.errors import VlkrError
-from vlkr.evaluation.runs import flattened
+from vlkr.evaluation.runs import NEUTRAL
 from vlkr.files import read_yaml, write_text
 from vlkr.models.classifier import ClassHead
 from vlkr.models.clip import ClipBundle, encode_image, image_size
+from vlkr.nested import differences
 from vlkr.training.checkpoints import check_checkpoint
 from vlkr.training.module import FewShotModule
 from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 from vlkr.training.trainer import CHECKPOINT, fit, make_trainer, quiet_lightning
-
-_ANY_ON_RESUME = {
-    "data.num_workers",
-    "data.memory_gb",
-    "data.max_bad",
-    "trainer.accelerator",
-    "trainer.progress",
-}
 
 
 @dataclass
@@ -198,9 +191,6 @@ def _clear(output: Path) -> None:
 
 
 def _check_same_config(path: Path, config: dict[str, Any]) -> None:
-    before, now = flattened(read_yaml(path)), flattened(config)
-    for key in dict.fromkeys([*now, *before]):
-        if before.get(key) != now.get(key) and key not in _ANY_ON_RESUME:
-            raise VlkrError(
-                f"cannot resume: {key} is {now.get(key)} now and was {before.get(key)} in {path}"
-            )
+    for key, change in differences(read_yaml(path), config).items():
+        if key not in NEUTRAL:
+            raise VlkrError(f"cannot resume: {change} in {path}")
