@@ -23,7 +23,7 @@ from vlkr.datasets.sources import (
 from vlkr.errors import SampleError, VlkrError
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 _READ = {*IMAGE_EXTENSIONS, "cls", "json"}
 _MAX_TEXT = 2**20
