@@ -21,7 +21,7 @@ from vlkr.datasets import pack as pack_module
 from vlkr.datasets.members import shrunk, tar_fields
 from vlkr.datasets.pack import pack
 from vlkr.datasets.parallel import parallel_map, runs
-from vlkr.datasets.sources import Sample
+from vlkr.datasets.samples import Sample
 from vlkr.errors import VlkrError
 
 

@@ -203,6 +203,6 @@ def test_table_end_to_end(tmp_path):
     train, test = ({s.key for s in dataset.source(split)} for split in ("train", "test"))
     assert not train & test
     assert train | test == {row["path"] for row in rows}
-    only = dataset.only(["b"])
+    only = dataset.select(domains=["b"])
     kept = {s.key for split in only.splits for s in only.source(split)}
     assert kept == {row["path"] for row in rows if row["domain"] == "b"}

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from vlkr.comparison.plan import Cell
 from vlkr.datasets import Dataset, FewShotDataModule
-from vlkr.datasets.streaming import PickedSource
+from vlkr.datasets.samples import View
 from vlkr.datasets.transforms import to_tensor
 from vlkr.errors import VlkrError
 from vlkr.evaluation.features import Features, image_features
@@ -59,7 +59,7 @@ def linear_probe(
 
     dataset = cell.data.load()
     data = FewShotDataModule(dataset, cell.data, seed, to_tensor, to_tensor)
-    few = replace(dataset, splits={"train": PickedSource(data.pool, data.train_keys)}, sizes={})
+    few = replace(dataset, splits={"train": View(data.pool, times=data.train_keys)}, sizes={})
     validation = run_validation({"data": asdict(cell.data), "seed": seed}, None)
     train = features(few, "train")
     val = None if validation is None else features(validation, "val")

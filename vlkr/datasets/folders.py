@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlkr.datasets.sources import IMAGE_EXTENSIONS, FileSource, ImageFile
+from vlkr.datasets.samples import IMAGE_EXTENSIONS, FileSource, ImageFile
 from vlkr.errors import VlkrError
 
 SPLITS = ("train", "val", "test")

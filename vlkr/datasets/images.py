@@ -8,8 +8,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlkr.datasets.sources import Sample
-from vlkr.errors import SampleError
+from vlkr.datasets.samples import BadSample, Sample
 
 MAX_PIXELS = 2**26
 """An image with more pixels (8192x8192) is refused before it is decoded."""
@@ -19,7 +18,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _CONVERTED = ("RGB", "L", "P", "1", "CMYK", "YCbCr", "RGBX")
 
 
-def decode_image(sample: Sample) -> Image.Image:
+def decode_image(sample: Sample) -> Image.Image | BadSample:
     """Decodes to RGB with 8 bits a channel, upright.
 
     EXIF's orientation is applied, and passed over where EXIF is damaged. Transparency (an alpha
@@ -27,10 +26,10 @@ def decode_image(sample: Sample) -> Image.Image:
     scaled to 8 bits. Palettes, gray, 1-bit, CMYK and YCbCr are converted by Pillow. Of an
     animation the first frame counts.
 
-    Raises:
-        SampleError: naming shard and key: for another format than JPEG, PNG, WebP, BMP, GIF, TIFF
-            or PPM; truncated or corrupt data; more than ``MAX_PIXELS`` pixels; pixels whose range
-            is not known (floating point, 32-bit integers) or that are no colours (LAB, HSV).
+    Returns:
+        A bad sample for another format than JPEG, PNG, WebP, BMP, GIF, TIFF or PPM; truncated or
+        corrupt data; more than ``MAX_PIXELS`` pixels; pixels whose range is not known (floating
+        point, 32-bit integers) or that are not colors (LAB, HSV).
     """
     try:
         with warnings.catch_warnings():
@@ -46,7 +45,7 @@ def decode_image(sample: Sample) -> Image.Image:
     # Pillow's plugins raise whatever their parsers stumble over: struct.error, KeyError, ...
     except Exception as error:
         reason = f"is a corrupt image: {error or type(error).__name__}"
-    raise SampleError(reason, key=sample.key, shard=sample.shard)
+    return sample.bad(reason)
 
 
 class _RefusedError(Exception):

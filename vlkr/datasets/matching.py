@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from vlkr.datasets.cards import Card
 from vlkr.datasets.folders import Listing
+from vlkr.datasets.samples import FileSource
 from vlkr.errors import VlkrError
 
 
@@ -26,7 +27,7 @@ def matched(listing: Listing, card: Card, place: str) -> Listing:
     names = card.named_classes()
     if names is not None and listing.named_by != "names":
         labels = _labels(listing, card, names, place)
-        splits = {split: files.relabelled(labels) for split, files in listing.splits.items()}
+        splits = {split: _relabeled(files, labels) for split, files in listing.splits.items()}
         listing = replace(listing, classes=names, splits=splits)
     splits = dict(listing.splits)
     if "test" not in splits and card.test_folder in splits:
@@ -34,6 +35,10 @@ def matched(listing: Listing, card: Card, place: str) -> Listing:
     if "" in splits and list(card.splits) == ["test"]:
         splits["test"] = splits.pop("")
     return replace(listing, splits=splits)
+
+
+def _relabeled(source: FileSource, labels: Mapping[int, int]) -> FileSource:
+    return replace(source, files=[f._replace(label=labels[f.label]) for f in source.files])
 
 
 def _labels(listing: Listing, card: Card, names: Sequence[str], place: str) -> Mapping[int, int]:

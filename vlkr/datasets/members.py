@@ -11,8 +11,7 @@ from dataclasses import replace
 from PIL import Image
 
 from vlkr.datasets.images import decode_image
-from vlkr.datasets.sources import Sample
-from vlkr.errors import SampleError
+from vlkr.datasets.samples import BadSample, Sample
 
 # A key that is a tar member's name as it stands: webdataset cuts names at the first dot.
 _SAFE_KEY = re.compile(r"[\w-]+(?:/[\w-]+)*", re.ASCII)
@@ -34,29 +33,19 @@ def image_extension(image: bytes) -> str | None:
     return next((e for e, magic in _MAGIC.items() if re.match(magic, image, re.DOTALL)), None)
 
 
-def check_format(sample: Sample) -> str:
-    """The image's file extension.
-
-    Raises:
-        SampleError: if the image is in no format that is known.
-    """
-    extension = image_extension(sample.image)
-    if extension is None:
-        raise SampleError(
-            "is no image in a format that is known", key=sample.key, shard=sample.shard
-        )
-    return extension
+def check_format(sample: Sample) -> str | BadSample:
+    """The image's file extension, if its format is known."""
+    return image_extension(sample.image) or sample.bad("is no image in a format that is known")
 
 
-def tar_fields(sample: Sample) -> list[tuple[str, bytes]]:
+def tar_fields(sample: Sample) -> list[tuple[str, bytes]] | BadSample:
     """Names and contents of a sample's files in a tar.
 
     A key that webdataset would cut at a dot goes into ``.json``, and a hash of it into the name.
-
-    Raises:
-        SampleError: if the image is in no format that is known.
     """
     extension = check_format(sample)
+    if isinstance(extension, BadSample):
+        return extension
     is_safe = len(sample.key) <= _MAX_KEY and _SAFE_KEY.fullmatch(sample.key)
     name = sample.key if is_safe else "s" + hashlib.sha256(sample.key.encode()).hexdigest()[:20]
     about = {} if is_safe else {"key": sample.key}
@@ -65,7 +54,7 @@ def tar_fields(sample: Sample) -> list[tuple[str, bytes]]:
     return fields + ([(f"{name}.json", json.dumps(about).encode())] if about else [])
 
 
-def shrunk(sample: Sample, size: int | None) -> Sample:
+def shrunk(sample: Sample, size: int | None) -> Sample | BadSample:
     """The sample with its image's shorter side at most ``size`` pixels.
 
     PNG, BMP, GIF and PPM stay lossless, as PNG; what else is shrunk becomes a JPEG of quality 95.
@@ -73,6 +62,8 @@ def shrunk(sample: Sample, size: int | None) -> Sample:
     if size is None:
         return sample
     image = decode_image(sample)
+    if isinstance(image, BadSample):
+        return image
     short = min(image.size)
     if short <= size:
         return sample

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentError, ArgumentParser
 
 from vlkr.datasets.registry import Dataset, described, load_dataset
-from vlkr.datasets.splits import half_of_classes, read_split
+from vlkr.datasets.splits import read_split
 from vlkr.errors import VlkrError
 from vlkr.files import resource
 
@@ -132,9 +132,7 @@ class DataOptions:
             return None
         name = self.name.partition("=")[0]
         dataset = described(name, self.test_fraction, self.domains)
-        if dataset is None or self.classes == "all":
-            return dataset
-        return half_of_classes(dataset, self.classes)
+        return dataset and dataset.select(classes=self.classes)
 
     def load(self) -> Dataset:
         """Finds the dataset.
@@ -179,9 +177,7 @@ class DataOptions:
             test_fraction=self.test_fraction,
             allow_commands=self.allow_commands,
         )
-        if self.domains is not None:
-            dataset = dataset.only(self.domains)
-        return dataset if self.classes == "all" else half_of_classes(dataset, self.classes)
+        return dataset.select(domains=self.domains, classes=self.classes)
 
     def _reference(self) -> str | Path:
         if self.name is not None and self.root is not None:

@@ -9,16 +9,15 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlkr.datasets.cards import Card, card_names, load_card, resolve
 from vlkr.datasets.folders import SPLITS, Listing, read_folder
 from vlkr.datasets.layout import holds_shards, read_layout
 from vlkr.datasets.matching import matched
 from vlkr.datasets.roots import LocalRoot, Root, is_address, open_root
-from vlkr.datasets.sources import DomainSource, FileSource, Source
+from vlkr.datasets.samples import FileSource, ImageFile, Source, TorchvisionSource, View, unit_hash
 from vlkr.datasets.tables import TABLES, read_table
-from vlkr.datasets.torchvision import TorchvisionSource
 from vlkr.errors import VlkrError
 from vlkr.files import resource
 
@@ -63,12 +62,26 @@ class Dataset:
             )
         return self.splits[split]
 
-    def only(self, domains: Collection[str]) -> Dataset:
-        """The same dataset with the samples of some domains only, the rest of it unchanged.
+    def select(
+        self,
+        *,
+        domains: Collection[str] | None = None,
+        classes: Literal["all", "base", "new"] = "all",
+    ) -> Dataset:
+        """The same dataset with some of its samples.
+
+        Args:
+            domains: whose samples are kept; None keeps all.
+            classes: ``"base"`` keeps the first ``ceil(n / 2)`` labels (CoCoOp, arXiv 2203.05557),
+                ``"new"`` the others, renumbered from 0.
 
         Raises:
-            VlkrError: if it has no such domain, or none is given.
+            VlkrError: for a domain that it does not have, no domain, or a half of one class.
         """
+        selected = self if domains is None else self._select_domains(domains)
+        return selected if classes == "all" else selected._select_classes(classes)
+
+    def _select_domains(self, domains: Collection[str]) -> Dataset:
         for domain in domains:
             if domain not in self.domains:
                 known = f"it has {', '.join(self.domains)}" if self.domains else "it has none"
@@ -76,13 +89,27 @@ class Dataset:
         kept = tuple(domain for domain in self.domains if domain in domains)
         if not kept:
             raise VlkrError(f"no domain of dataset {self.name!r} given")
-        splits = {
-            name: source.only(kept)
-            if isinstance(source, FileSource)
-            else DomainSource(source, kept)
-            for name, source in self.splits.items()
-        }
+        splits: dict[str, Source] = {}
+        for name, source in self.splits.items():
+            if isinstance(source, FileSource):
+                files = [file for file in source.files if file.domain in kept]
+                splits[name] = replace(source, files=files)
+            else:
+                splits[name] = View(source, domains=kept)
         return replace(self, splits=splits, sizes={}, domains=kept)
+
+    def _select_classes(self, half: Literal["base", "new"]) -> Dataset:
+        number = len(self.class_names)
+        middle = -(-number // 2)
+        labels = range(middle) if half == "base" else range(middle, number)
+        if len(labels) < 2:
+            raise VlkrError(
+                f"the {half} half of {self.name!r} has {len(labels)} of {number} classes, "
+                "expected two or more"
+            )
+        splits = {name: View(source, labels=labels) for name, source in self.splits.items()}
+        names = self.class_names[labels.start : labels.stop]
+        return replace(self, class_names=names, splits=splits, sizes={})
 
     def with_templates(self, given: Sequence[str] | None) -> Dataset:
         """The same dataset with other templates.
@@ -297,8 +324,10 @@ def _from_listing(
         listing = matched(listing, card, str(place))
     splits: Mapping[str, Source] = listing.splits
     if "" in listing.splits:
-        train, test = listing.splits[""].held_out(test_fraction)
-        splits = {"train": train, "test": test}
+        parts: dict[str, list[ImageFile]] = {"train": [], "test": []}
+        for file in listing.splits[""].files:
+            parts["test" if unit_hash(file.path) < test_fraction else "train"].append(file)
+        splits = {s: replace(listing.splits[""], files=files) for s, files in parts.items()}
     # Caltech-256 and CUB number their folders: 001.Black_footed_Albatross.
     names = tuple(re.sub(r"^\d+\.", "", name).replace("_", " ") for name in listing.classes)
     return Dataset(

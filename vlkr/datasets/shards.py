@@ -13,14 +13,15 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vlkr.datasets.roots import Root
-from vlkr.datasets.sources import (
+from vlkr.datasets.samples import (
     IMAGE_EXTENSIONS,
     MAX_BYTES,
+    BadSample,
     Sample,
     Source,
     is_safe_path,
 )
-from vlkr.errors import SampleError, VlkrError
+from vlkr.errors import VlkrError
 
 if TYPE_CHECKING:
     from typing import Self
@@ -54,7 +55,7 @@ class ShardSource:
     and its ``key`` where that is not fit for the name of a file. Other fields are passed over and
     never decoded, ``.pkl``, ``.pyd`` and ``.npy`` among them.
 
-    A sample raises :class:`SampleError` if its image or label is missing or too large, the label is
+    A sample is bad if its image or label is missing or too large, the label is
     out of range, the domain is not one of ``domains``, or its key or one of its fields came before;
     across tars that is seen when one process reads them all, and in any case at the end of an
     evaluation. The whole shard is refused if it is truncated, damaged, compressed, lacks its end
@@ -73,7 +74,7 @@ class ShardSource:
     num_classes: int
     domains: tuple[str, ...] = ()
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Sample | BadSample]:
         records = chain.from_iterable(map(self._records, self.names))
         return map(partial(self._sample, _Keys()), records)
 
@@ -92,7 +93,7 @@ class ShardSource:
                     raise
                 raise VlkrError(f"cannot read shard {shard}: {error}") from error
 
-    def _sample(self, seen: _Keys, record: _Record) -> Sample:
+    def _sample(self, seen: _Keys, record: _Record) -> Sample | BadSample:
         key = record.key
         try:
             if record.problem:
@@ -108,7 +109,7 @@ class ShardSource:
                 expected = ", ".join(self.domains)
                 raise ValueError(f"has domain {domain!r}, expected one of {expected}")
         except ValueError as error:
-            raise SampleError(str(error), key=key, shard=record.shard) from error
+            return BadSample(str(error), key, record.shard)
         return Sample(key, image, label, domain, record.shard)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlkr.datasets.folders import SPLITS, Listing
-from vlkr.datasets.sources import FileSource, ImageFile, is_safe_path
+from vlkr.datasets.samples import FileSource, ImageFile, is_safe_path
 from vlkr.errors import VlkrError
 from vlkr.files import read_json
 

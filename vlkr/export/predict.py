@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlkr.datasets.folders import image_files
-from vlkr.datasets.sources import IMAGE_EXTENSIONS
+from vlkr.datasets.samples import IMAGE_EXTENSIONS
 from vlkr.errors import VlkrError
 from vlkr.export.predictions import Predictions
 from vlkr.files import check_free, write_text
