@@ -276,8 +276,7 @@ def test_any_bytes_as_a_shard(tmp_path_factory, case, data):
     with case(FUZZ), suppress(VlkrError):
         samples = load_dataset(root).source("test")
         for sample in good_samples(samples):
-            with suppress(VlkrError):
-                decode_image(sample)
+            decode_image(sample)
     shutil.rmtree(root.parent)
 
 
@@ -364,5 +363,5 @@ def test_pickles_of_a_shard_are_passed_over(tmp_path, case):
 
 def test_a_decompression_bomb_is_refused(case):
     header = b"P6 60000 60000 255\n"
-    with case("hostile files: images"), pytest.raises(VlkrError, match="pixels"):
-        decode_image(Sample("bomb", header, 0))
+    with case("hostile files: images"):
+        assert "pixels" in str(decode_image(Sample("bomb", header, 0)))
