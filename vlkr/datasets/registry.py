@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -11,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vlkr.datasets.cards import Card, card_names, load_card, resolve
+from vlkr.datasets.cards import Card, card_names, load_card
 from vlkr.datasets.folders import SPLITS, Listing, read_folder
 from vlkr.datasets.layout import holds_shards, read_layout
 from vlkr.datasets.matching import matched
+from vlkr.datasets.prompts import check_templates, resolve_list, resolve_templates
 from vlkr.datasets.roots import LocalRoot, Root, is_address, open_root
 from vlkr.datasets.samples import FileSource, ImageFile, Source, TorchvisionSource, View, unit_hash
 from vlkr.datasets.tables import TABLES, read_table
@@ -116,7 +116,7 @@ class Dataset:
 
         Args:
             given: the name of one of its card's sets, or what
-                :func:`~vlkr.models.templates.resolve_templates` takes; None leaves its own.
+                :func:`~vlkr.datasets.prompts.resolve_templates` takes; None leaves its own.
 
         Raises:
             VlkrError: for a list that is empty, or an entry that is no template, set or file.
@@ -124,12 +124,11 @@ class Dataset:
         if given is None:
             return self
         if len(given) == 1 and given[0] in self.template_sets:
-            templates = resolve(self.template_sets[given[0]])
+            templates = resolve_list(self.template_sets[given[0]])
             check_templates(templates)
             return replace(self, templates=templates, template_set=f"{given[0]} ({len(templates)})")
-        # Only vlkr.models knows open_clip, whose sets have names; it takes seconds to import.
-        found = importlib.import_module("vlkr.models.templates").resolve_templates(given)
-        return replace(self, templates=found.templates, template_set=found.name)
+        chosen = resolve_templates(given)
+        return replace(self, templates=chosen.templates, template_set=chosen.name)
 
     @classmethod
     def from_torchvision(
@@ -259,15 +258,6 @@ def described(name: str, test_fraction: float, domains: Collection[str] | None) 
         name, names, (), {}, "", tuple(card.shifts), sizes, chosen, template_sets=card.templates
     )
     return dataset.with_templates([next(iter(card.templates))])
-
-
-def check_templates(templates: Sequence[str]) -> None:
-    """Raises :class:`VlkrError` unless every template has the placeholder ``{c}``."""
-    if not templates:
-        raise VlkrError("the list of templates is empty, expected e.g. 'a photo of a {c}.'")
-    for template in templates:
-        if "{c}" not in template:
-            raise VlkrError(f"template {template!r} lacks the placeholder {{c}}")
 
 
 def _find(reference: str | Path) -> tuple[Card | None, str | Path]:
