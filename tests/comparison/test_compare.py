@@ -16,12 +16,12 @@ from vlkr.comparison import figures
 from vlkr.comparison.commands import compare
 from vlkr.comparison.options import GridOptions, MethodOptions
 from vlkr.comparison.running import base_context
+from vlkr.config import AdapterConfig
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate
 from vlkr.files import read_json, write_json
 from vlkr.training.adapt import adapt
-from vlkr.training.options import AdapterOptions
 
 METHODS = [
     "zero-shot",
@@ -65,7 +65,7 @@ def test_a_cell_is_vlkr_adapt_and_vlkr_evaluate(report, options, others, tmp_pat
     result = adapt(
         tmp_path / "run",
         options["model"],
-        adapter=AdapterOptions("lora", match="kradapter"),
+        adapter=AdapterConfig("lora", match="kradapter"),
         data=data,
         optimizer=options["optimizer"],
         trainer=options["trainer"],

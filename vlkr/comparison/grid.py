@@ -10,10 +10,10 @@ from typing import Any
 from vlkr.adapters.registry import ADAPTERS, adapter_class, check_options
 from vlkr.comparison.options import GridOptions, MethodOptions
 from vlkr.comparison.plan import PROBE, ZERO_SHOT, Candidate, Cell, EvalSet, Reading, slug
+from vlkr.config import AdapterConfig
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.models.names import absolute_names, is_timm
-from vlkr.training.options import AdapterOptions
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Method:
 
     label: str
     kind: str
-    adapter: AdapterOptions = AdapterOptions()
+    adapter: AdapterConfig = AdapterConfig()
     match_options: dict[str, Any] = field(default_factory=dict)
     settings: list[dict[str, float]] = field(default_factory=lambda: [{}])
 
@@ -124,7 +124,7 @@ def _method(
             f"method {label!r} has its own {size}, and budget {grid.budget!r} chooses it; "
             "leave one of them out (budget: own)"
         )
-    adapter = AdapterOptions(
+    adapter = AdapterConfig(
         given.name,
         grid.targets,
         grid.towers,

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlkr.comparison.plan import PROBE, ZERO_SHOT
+from vlkr.config import OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions
-from vlkr.training.options import OptimizerOptions, TrainerOptions
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class GridOptions:
     towers: list[str] = field(default_factory=lambda: ["visual", "text"])
     blocks: list[int] | None = None
     data: DataOptions = DataOptions()
-    optimizer: OptimizerOptions = OptimizerOptions()
-    trainer: TrainerOptions = TrainerOptions()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: TrainerConfig = TrainerConfig()
     jobs: int = 1
     launcher: str = "local"
     cell: list[str] | None = None

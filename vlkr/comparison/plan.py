@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions, Dataset
-from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
 ZERO_SHOT, PROBE, RUN = "zero-shot", "probe", "run"
 # Options that change how long a cell takes and not what it finds.
@@ -67,10 +67,10 @@ class Cell:
     data: DataOptions
     sets: tuple[EvalSet, ...]
     seed: int | None = None
-    adapter: AdapterOptions = AdapterOptions()
+    adapter: AdapterConfig = AdapterConfig()
     match_options: Mapping[str, Any] = field(default_factory=dict)
-    optimizer: OptimizerOptions = OptimizerOptions()
-    trainer: TrainerOptions = TrainerOptions()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: TrainerConfig = TrainerConfig()
     run: Path | None = None
     run_sha256: str | None = None
 
@@ -90,9 +90,9 @@ class Cell:
                 **found,
                 "data": DataOptions.read(found["data"]),
                 "sets": sets,
-                "adapter": AdapterOptions(**found["adapter"]),
-                "optimizer": OptimizerOptions(**found["optimizer"]),
-                "trainer": TrainerOptions(**found["trainer"]),
+                "adapter": AdapterConfig(**found["adapter"]),
+                "optimizer": OptimizerConfig(**found["optimizer"]),
+                "trainer": TrainerConfig(**found["trainer"]),
                 "run": found["run"] and Path(found["run"]),
             }
         )

@@ -14,6 +14,7 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from vlkr.adapters import add_adapters, find_targets, match_budget, save_adapter
+from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions, Dataset, FewShotDataModule
 from vlkr.datasets.pipelines import evaluation_loader
 from vlkr.datasets.samples import View
@@ -26,7 +27,6 @@ from vlkr.models.clip import ClipBundle, encode_image, image_size
 from vlkr.nested import differences
 from vlkr.training.checkpoints import check_checkpoint
 from vlkr.training.module import FewShotModule
-from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 from vlkr.training.trainer import CHECKPOINT, fit, make_trainer, quiet_lightning
 
 
@@ -56,10 +56,10 @@ def train(
     output: Path,
     bundle: ClipBundle,
     dataset: Dataset,
-    adapter: AdapterOptions,
+    adapter: AdapterConfig,
     data: DataOptions,
-    optimizer: OptimizerOptions,
-    trainer: TrainerOptions,
+    optimizer: OptimizerConfig,
+    trainer: TrainerConfig,
     seed: int,
     *,
     resume: bool = False,
