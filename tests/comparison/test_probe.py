@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from grids import compare
 from vlkr.comparison.cell import STRENGTHS, fit_probe, probe_logits
 from vlkr.datasets import few_shot_split
-from vlkr.datasets.streaming import PickedSource
+from vlkr.datasets.samples import View
 from vlkr.errors import VlkrError
 from vlkr.evaluation.features import Features, image_features
 from vlkr.files import read_json
@@ -69,7 +69,7 @@ def test_cell_is_scikit_learn_on_the_adapters_images(options, colors, tmp_path):
 
     def encoded(samples):
         keys = Counter(sample.key for sample in samples)
-        part = replace(dataset, splits={"x": PickedSource(dataset.source("train"), keys)}, sizes={})
+        part = replace(dataset, splits={"x": View(dataset.source("train"), times=keys)}, sizes={})
         return image_features(bundle, part, "x", cache=False)
 
     train, val = encoded(split.train), encoded(split.val)

@@ -5,8 +5,8 @@ import pytest
 from helpers import color_image, write_images
 
 from vlkr.datasets import FewShotSplit, Sample, few_shot_split, load_dataset
-from vlkr.datasets.sources import skip_bad
-from vlkr.datasets.splits import half_of_classes, read_split, take_split, write_split
+from vlkr.datasets.samples import BadSample
+from vlkr.datasets.splits import read_split, take_split, write_split
 from vlkr.errors import VlkrError
 
 NAMES = ("red", "green", "blue")
@@ -171,13 +171,13 @@ def test_a_path_that_fits_two_samples_is_told(tmp_path):
 def test_halves_of_the_classes(tmp_path):
     dataset = load_dataset(write_images(tmp_path / "d", per_class=6))
     names = dataset.class_names
-    base = half_of_classes(dataset, "base")
+    base = dataset.select(classes="base")
     assert base.class_names == names[:2]
     whole = list(dataset.source("test"))
     assert list(base.source("test")) == [s for s in whole if s.label < 2]
     assert [s for shard in base.source("test").shards() for s in shard] == list(base.source("test"))
     with pytest.raises(VlkrError, match="the new half of 'd' has 1 of 3 classes, expected two"):
-        half_of_classes(dataset, "new")
+        dataset.select(classes="new")
 
 
 def test_the_new_half_is_renumbered(tmp_path):
@@ -187,7 +187,7 @@ def test_the_new_half_is_renumbered(tmp_path):
         for i in range(8):
             (folder / f"{i}.png").write_bytes(color_image("red", 100 * c + i))
     dataset = load_dataset(tmp_path / "d")
-    new = half_of_classes(dataset, "new")
+    new = dataset.select(classes="new")
     assert new.class_names == ("d", "e")
     expected = [(s.key, s.label - 3) for s in dataset.source("train") if s.label > 2]
     assert [(s.key, s.label) for s in new.source("train")] == expected
@@ -196,8 +196,6 @@ def test_the_new_half_is_renumbered(tmp_path):
 def test_a_bad_sample_does_not_end_a_half(tmp_path):
     dataset = load_dataset(write_images(tmp_path / "d", per_class=6, splits=("train", "test")))
     (tmp_path / "d" / "train" / "blue" / "1.png").unlink()
-    errors = []
-    found = list(skip_bad(half_of_classes(dataset, "base").source("train"), errors.append))
-    assert [error.key for error in errors] == ["blue/1.png"]
-    assert [s.key for s in found if s.label == 0] == [f"blue/{i}.png" for i in (0, 2, 3, 4, 5)]
-    assert sum(s.label == 1 for s in found) == 6
+    found = list(dataset.select(classes="base").source("train"))
+    assert [s.key for s in found] == [f"{c}/{i}.png" for c in ("blue", "green") for i in range(6)]
+    assert [isinstance(s, BadSample) for s in found] == [s.key == "blue/1.png" for s in found]

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from vlkr.datasets import load_dataset
-from vlkr.datasets.streaming import PickedSource
+from vlkr.datasets.samples import View
 from vlkr.errors import VlkrError
 from vlkr.evaluation.runs import load_run
 from vlkr.evaluation.zero_shot import evaluate_bundle
@@ -138,7 +138,7 @@ def test_accuracy_by_domain(small, domains):
     assert list(found.domains) == ["art", "photo", "sketch"]
     accuracies = []
     for name, domain in found.domains.items():
-        own = evaluate_bundle(bundle, [dataset.only([name])]).home
+        own = evaluate_bundle(bundle, [dataset.select(domains=[name])]).home
         assert domain.images == own.images == found.predictions.domains.count(name)
         assert domain.acc1 == own.metrics["acc1"]
         assert "mean_domain_acc1" not in own.metrics
@@ -150,7 +150,7 @@ def test_accuracy_by_domain(small, domains):
 
 def test_domain_without_images_is_told(small, domains):
     dataset = load_dataset(domains)
-    lacking = dataclasses.replace(dataset.only(["art", "photo"]), domains=dataset.domains)
+    lacking = dataclasses.replace(dataset.select(domains=["art", "photo"]), domains=dataset.domains)
     with pytest.raises(VlkrError, match="domain 'sketch' is empty"):
         evaluate_bundle(load_clip(small), [lacking])
 
@@ -182,9 +182,7 @@ def test_missing_samples_of_a_card_are_told(small):
 
 def test_split_without_images_is_told(small, tmp_path):
     dataset = load_dataset(write_images(tmp_path / "d"))
-    nothing = dataclasses.replace(
-        dataset, splits={"test": PickedSource(dataset.source("test"), {})}
-    )
+    nothing = dataclasses.replace(dataset, splits={"test": View(dataset.source("test"), times={})})
     with pytest.raises(VlkrError, match="has no images in its split 'test'"):
         evaluate_bundle(load_clip(small), [nothing])
 

@@ -21,7 +21,7 @@ from vlkr.comparison.tables import Table
 from vlkr.datasets import load_dataset
 from vlkr.datasets.cards import load_card
 from vlkr.datasets.images import decode_image
-from vlkr.datasets.sources import Sample, skip_bad
+from vlkr.datasets.samples import Sample, good_samples
 from vlkr.datasets.splits import read_split
 from vlkr.errors import VlkrError
 from vlkr.evaluation.metrics import Confused
@@ -275,9 +275,8 @@ def test_any_bytes_as_a_shard(tmp_path_factory, case, data):
     path.write_bytes(content if data.draw(st.booleans()) else data.draw(st.binary(max_size=2000)))
     with case(FUZZ), suppress(VlkrError):
         samples = load_dataset(root).source("test")
-        for sample in skip_bad(samples, lambda error: None):
-            with suppress(VlkrError):
-                decode_image(sample)
+        for sample in good_samples(samples):
+            decode_image(sample)
     shutil.rmtree(root.parent)
 
 
@@ -364,5 +363,5 @@ def test_pickles_of_a_shard_are_passed_over(tmp_path, case):
 
 def test_a_decompression_bomb_is_refused(case):
     header = b"P6 60000 60000 255\n"
-    with case("hostile files: images"), pytest.raises(VlkrError, match="pixels"):
-        decode_image(Sample("bomb", header, 0))
+    with case("hostile files: images"):
+        assert "pixels" in str(decode_image(Sample("bomb", header, 0)))

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from vlkr.datasets.few_shot import FewShotSplit, few_shot_split
 from vlkr.datasets.options import DataOptions
 from vlkr.datasets.registry import Dataset, load_dataset
+from vlkr.datasets.samples import BadSample, FileSource, Sample, Source, View
 from vlkr.datasets.shards import ShardSource
-from vlkr.datasets.sources import FileSource, Sample, Source
 
 if TYPE_CHECKING:
     from vlkr.datasets.datamodule import FewShotDataModule
 
 __all__ = [
+    "BadSample",
     "DataOptions",
     "Dataset",
     "FewShotDataModule",
@@ -26,6 +27,7 @@ __all__ = [
     "Sample",
     "ShardSource",
     "Source",
+    "View",
     "few_shot_split",
     "load_dataset",
 ]

@@ -19,15 +19,14 @@ from vlkr.datasets.pipelines import (
     FewShotImages,
     collate,
     evaluation_loader,
+    process_place,
 )
 from vlkr.datasets.registry import Dataset
-from vlkr.datasets.sharing import JoinedSource, mixed, process_place
-from vlkr.datasets.sources import Sample, Source, skip_bad
+from vlkr.datasets.samples import Joined, Sample, Source, View, good_samples, shuffled_by_hash
 from vlkr.datasets.splits import read_split, take_split, write_split
 from vlkr.datasets.streaming import (
     BatchOrder,
     EpochPlan,
-    PickedSource,
     StreamedBatches,
     TrainLoader,
 )
@@ -71,7 +70,7 @@ class FewShotDataModule(L.LightningDataModule):
         own_val = dataset.splits.get("val")
         file = None if options.split_file is None else read_split(Path(options.split_file))
         if file is not None and file.picks["val"]:
-            self.pool = self.pool if own_val is None else JoinedSource([self.pool, own_val])
+            self.pool = self.pool if own_val is None else Joined([self.pool, own_val])
             own_val = None
         max_bytes = options.memory_gb * 1e9
         samples = _Counted(self.pool, self.bad)
@@ -105,10 +104,10 @@ class FewShotDataModule(L.LightningDataModule):
         """The images to validate with, or a source of them if they are too many."""
         if own is None and split.positions is not None:
             keys = Counter(sample.key for sample in split.val)
-            return None, PickedSource(self.pool, keys) if keys else None
+            return None, View(self.pool, times=keys) if keys else None
         samples: list[Sample] = [] if own is not None else list(split.val)
         held = 0
-        for sample in skip_bad(own or (), self.bad.add):
+        for sample in good_samples(own or (), self.bad.add):
             samples.append(sample)
             held += len(sample.image)
             if held > max_bytes:
@@ -151,7 +150,7 @@ class FewShotDataModule(L.LightningDataModule):
             self.seed,
             own.shuffle_buffer,
         )
-        source = PickedSource(mixed(self.pool), self.train_keys)
+        source = View(shuffled_by_hash(self.pool), times=self.train_keys)
         batches = StreamedBatches(source, plan, self.train_transform, self.bad)
         return TrainLoader(batches, BatchOrder(plan, rank), self.bad, batch_size=None, **workers)
 
@@ -195,14 +194,14 @@ class _Counted:
     """The samples of a source, shard by shard, with a note of where each shard ends."""
 
     def __init__(self, source: Source, bad: BadSamples) -> None:
-        self.shards = mixed(source).shards()
+        self.shards = shuffled_by_hash(source).shards()
         self.bad = bad
         self.ends: list[int] = []
 
     def __iter__(self) -> Iterator[Sample]:
         number = 0
         for shard in self.shards:
-            for sample in skip_bad(shard, self.bad.add):
+            for sample in good_samples(shard, self.bad.add):
                 number += 1
                 yield sample
             self.ends.append(number)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice, pairwise
 
-from vlkr.datasets.sources import Sample, unit_hash
+from vlkr.datasets.samples import Sample, unit_hash
 from vlkr.errors import VlkrError
 
 # The draw's group of a sample: its label, and its domain where that matters.

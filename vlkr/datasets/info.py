@@ -16,13 +16,12 @@ from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
 from rich.table import Table
 
-from vlkr.datasets.images import decode_image
-from vlkr.datasets.members import image_extension
+from vlkr.datasets.images import decode_image, image_extension
 from vlkr.datasets.pack import progress_bar
 from vlkr.datasets.parallel import parallel_map
 from vlkr.datasets.registry import Dataset, load_dataset
-from vlkr.datasets.sources import Sample, Source, skip_bad, unit_hash
-from vlkr.errors import SampleError, VlkrError
+from vlkr.datasets.samples import BadSample, Sample, Source, good_samples, unit_hash
+from vlkr.errors import VlkrError
 from vlkr.files import atomic_file
 
 _TILE, _MARGIN, _TEXT = 96, 4, 14
@@ -196,8 +195,8 @@ def info(
 def _describe(shard: Source) -> SplitInfo:
     """Numbers of a part; images are measured by their headers, not decoded."""
     found = SplitInfo()
-    errors: list[SampleError] = []
-    for sample in skip_bad(shard, errors.append):
+    bad: list[BadSample] = []
+    for sample in good_samples(shard, bad.append):
         kind = image_extension(sample.image)
         try:
             with warnings.catch_warnings():
@@ -211,7 +210,7 @@ def _describe(shard: Source) -> SplitInfo:
         found.sizes[size] += 1
         found.formats[str(kind)] += 1
         found.bytes += len(sample.image)
-    found.bad += len(errors)
+    found.bad += len(bad)
     return found
 
 
@@ -224,7 +223,7 @@ def contact_sheet(dataset: Dataset) -> Image.Image:
     rows = min(len(dataset.class_names), _MOST_ROWS)
     heaps: dict[tuple[int, str], list[tuple[float, str, bytes]]] = {}
     each = -(-_COLUMNS // max(1, len(dataset.domains)))
-    for sample in skip_bad(source, lambda error: None):
+    for sample in good_samples(source):
         if sample.label < rows:
             heap = heaps.setdefault((sample.label, sample.domain or ""), [])
             heap.append((unit_hash(sample.key), sample.key, sample.image))
@@ -239,11 +238,10 @@ def contact_sheet(dataset: Dataset) -> Image.Image:
         chosen = [entry for turn in zip_longest(*lists) for entry in turn if entry is not None]
         for column, (_, key, image) in enumerate(chosen[:_COLUMNS]):
             place = _MARGIN + column * (_TILE + _MARGIN), label * height + _TEXT
-            try:
-                tile = ImageOps.pad(
-                    decode_image(Sample(key, image, label)), (_TILE, _TILE), color="white"
-                )
-            except SampleError:
+            decoded = decode_image(Sample(key, image, label))
+            if isinstance(decoded, BadSample):
                 tile = Image.new("RGB", (_TILE, _TILE), "red")
+            else:
+                tile = ImageOps.pad(decoded, (_TILE, _TILE), color="white")
             sheet.paste(tile, place)
     return sheet

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from vlkr.datasets.members import check_format, shrunk, tar_fields
+from vlkr.datasets.images import check_format, shrink
 from vlkr.datasets.parallel import parallel_map, runs, sha256
 from vlkr.datasets.registry import Dataset, load_dataset
-from vlkr.datasets.sharing import mixed
-from vlkr.datasets.sources import Sample, Source, skip_bad
-from vlkr.errors import SampleError, VlkrError
+from vlkr.datasets.samples import BadSample, Sample, Source, good_samples, shuffled_by_hash
+from vlkr.datasets.shards import tar_fields
+from vlkr.errors import VlkrError
 from vlkr.files import atomic_file, check_free, read_json, write_json, write_text
 
 MANIFEST = "manifest.json"
@@ -216,7 +216,7 @@ class _Plan:
         part = bisect_right(self.ends, start)
         skipped = start - (self.ends[part - 1] if part else 0)
         for i in range(part, len(self.parts)):
-            samples = skip_bad(self.parts[i], lambda error: None)  # told by the scan
+            samples = good_samples(self.parts[i])  # told by the scan
             yield from islice(samples, skipped if i == part else 0, None)
 
 
@@ -231,13 +231,12 @@ class _Scanned(NamedTuple):
 def _scan_part(part: Source) -> _Scanned:
     scanned = _Scanned([], [], b"", [], [])
     digest = hashlib.sha256()
-    for sample in skip_bad(part, lambda error: scanned.bad.append(str(error))):
+    for sample in good_samples(part, lambda bad: scanned.bad.append(str(bad))):
         scanned.keys.append(sample.key)
         scanned.sizes.append(len(sample.image))
-        try:
-            check_format(sample)
-        except SampleError as error:  # which the writer will leave out
-            scanned.unwritable.append(str(error))
+        extension = check_format(sample)
+        if isinstance(extension, BadSample):  # which the writer will leave out
+            scanned.unwritable.append(str(extension))
         digest.update(json.dumps([sample.key, sample.label, sample.domain]).encode())
         digest.update(hashlib.sha256(sample.image).digest())
     return scanned._replace(digest=digest.digest())
@@ -247,7 +246,7 @@ def _scan(
     split: str, source: Source, num_workers: int, progress: Progress, bad: list[str], max_bad: int
 ) -> _Plan:
     """Reads a split once, to know its samples before anything is written."""
-    parts = mixed(source).shards()
+    parts = shuffled_by_hash(source).shards()
     task = progress.add_task(f"reading {split}", total=len(parts))
     ends: list[int] = []
     sizes: list[int] = []
@@ -293,10 +292,10 @@ class _Writer:
                     sample = next(self.samples, None)
                     if sample is None:
                         raise VlkrError(f"the data changed: {path} lacks samples that were there")
-                    try:
-                        files = tar_fields(shrunk(sample, self.resize))
-                    except SampleError as error:
-                        bad.append(str(error))
+                    small = shrink(sample, self.resize)
+                    files = small if isinstance(small, BadSample) else tar_fields(small)
+                    if isinstance(files, BadSample):
+                        bad.append(str(files))
                         continue
                     for name, content in files:
                         member = tarfile.TarInfo(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tarfile
@@ -12,15 +13,17 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from vlkr.datasets.images import check_format
 from vlkr.datasets.roots import Root
-from vlkr.datasets.sources import (
+from vlkr.datasets.samples import (
     IMAGE_EXTENSIONS,
     MAX_BYTES,
+    BadSample,
     Sample,
     Source,
     is_safe_path,
 )
-from vlkr.errors import SampleError, VlkrError
+from vlkr.errors import VlkrError
 
 if TYPE_CHECKING:
     from typing import Self
@@ -32,6 +35,9 @@ _DAMAGED = (OSError, tarfile.TarError, ValueError, IndexError, RecursionError)
 _AHEAD = 32
 _AHEAD_BYTES = 2**22
 _OCTAL = re.compile(rb"[0-7]+")
+# A key that is a tar member's name as it stands: webdataset cuts names at the first dot.
+_SAFE_KEY = re.compile(r"[\w-]+(?:/[\w-]+)*", re.ASCII)
+_MAX_KEY = 80
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 
@@ -54,7 +60,7 @@ class ShardSource:
     and its ``key`` where that is not fit for the name of a file. Other fields are passed over and
     never decoded, ``.pkl``, ``.pyd`` and ``.npy`` among them.
 
-    A sample raises :class:`SampleError` if its image or label is missing or too large, the label is
+    A sample is bad if its image or label is missing or too large, the label is
     out of range, the domain is not one of ``domains``, or its key or one of its fields came before;
     across tars that is seen when one process reads them all, and in any case at the end of an
     evaluation. The whole shard is refused if it is truncated, damaged, compressed, lacks its end
@@ -73,7 +79,7 @@ class ShardSource:
     num_classes: int
     domains: tuple[str, ...] = ()
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Sample | BadSample]:
         records = chain.from_iterable(map(self._records, self.names))
         return map(partial(self._sample, _Keys()), records)
 
@@ -92,7 +98,7 @@ class ShardSource:
                     raise
                 raise VlkrError(f"cannot read shard {shard}: {error}") from error
 
-    def _sample(self, seen: _Keys, record: _Record) -> Sample:
+    def _sample(self, seen: _Keys, record: _Record) -> Sample | BadSample:
         key = record.key
         try:
             if record.problem:
@@ -108,7 +114,7 @@ class ShardSource:
                 expected = ", ".join(self.domains)
                 raise ValueError(f"has domain {domain!r}, expected one of {expected}")
         except ValueError as error:
-            raise SampleError(str(error), key=key, shard=record.shard) from error
+            return BadSample(str(error), key, record.shard)
         return Sample(key, image, label, domain, record.shard)
 
 
@@ -290,3 +296,19 @@ def _parse(fields: Mapping[str, bytes]) -> tuple[bytes, int, dict[str, Any]]:
     if labels[0] != labels[-1]:
         raise ValueError(f"has label {labels[0]} in .cls and {labels[-1][:20]} in .json")
     return image, int(labels[0]), facts
+
+
+def tar_fields(sample: Sample) -> list[tuple[str, bytes]] | BadSample:
+    """Names and contents of a sample's files in a tar.
+
+    A key that webdataset would cut at a dot goes into ``.json``, and a hash of it into the name.
+    """
+    extension = check_format(sample)
+    if isinstance(extension, BadSample):
+        return extension
+    is_safe = len(sample.key) <= _MAX_KEY and _SAFE_KEY.fullmatch(sample.key)
+    name = sample.key if is_safe else "s" + hashlib.sha256(sample.key.encode()).hexdigest()[:20]
+    about = {} if is_safe else {"key": sample.key}
+    about |= {} if sample.domain is None else {"domain": sample.domain}
+    fields = [(f"{name}.{extension}", sample.image), (f"{name}.cls", str(sample.label).encode())]
+    return fields + ([(f"{name}.json", json.dumps(about).encode())] if about else [])

@@ -1,17 +1,16 @@
-"""Splits as files, lists of keys that can be saved, shared and given back; halves of classes."""
+"""Splits as files, lists of keys that can be saved, shared and given back."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from vlkr.datasets.few_shot import FewShotSplit
-from vlkr.datasets.registry import Dataset
-from vlkr.datasets.sources import Sample, Source
+from vlkr.datasets.samples import Sample
 from vlkr.errors import VlkrError
 from vlkr.files import read_json, write_text
 
@@ -236,48 +235,3 @@ class _Finder:
                 f"label {sample.label}"
             )
         return key
-
-
-@dataclass(frozen=True)
-class ClassSource:
-    """The samples of consecutive labels, renumbered from 0.
-
-    Attributes:
-        source: of all labels.
-        labels: that are kept.
-    """
-
-    source: Source
-    labels: range
-
-    def __iter__(self) -> Iterator[Sample]:
-        kept = filter(lambda sample: sample.label in self.labels, self.source)
-        return map(self._renumbered, kept)  # a generator would end at an error
-
-    def _renumbered(self, sample: Sample) -> Sample:
-        return replace(sample, label=sample.label - self.labels.start)
-
-    def shards(self) -> Sequence[Source]:
-        """Those of the source, filtered; some may be empty."""
-        return [ClassSource(shard, self.labels) for shard in self.source.shards()]
-
-
-def half_of_classes(dataset: Dataset, half: Literal["base", "new"]) -> Dataset:
-    """The dataset with one half of its classes, renumbered from 0.
-
-    The base classes are the first ``ceil(n / 2)`` labels (CoCoOp, arXiv 2203.05557), the new ones
-    the others.
-
-    Raises:
-        VlkrError: if the half has one class only.
-    """
-    middle = -(-len(dataset.class_names) // 2)
-    labels = range(middle) if half == "base" else range(middle, len(dataset.class_names))
-    if len(labels) < 2:
-        raise VlkrError(
-            f"the {half} half of {dataset.name!r} has {len(labels)} of {len(dataset.class_names)} "
-            "classes, expected two or more"
-        )
-    splits = {name: ClassSource(source, labels) for name, source in dataset.splits.items()}
-    names = dataset.class_names[labels.start : labels.stop]
-    return replace(dataset, class_names=names, splits=splits, sizes={})

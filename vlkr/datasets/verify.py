@@ -13,8 +13,8 @@ from vlkr.datasets.images import decode_image
 from vlkr.datasets.pack import FORMAT, MANIFEST, progress_bar
 from vlkr.datasets.parallel import parallel_map, sha256
 from vlkr.datasets.registry import load_dataset
-from vlkr.datasets.sources import Source, skip_bad
-from vlkr.errors import SampleError, VlkrError
+from vlkr.datasets.samples import BadSample, Source
+from vlkr.errors import VlkrError
 from vlkr.files import read_json
 
 
@@ -154,17 +154,13 @@ def _check(job: _Job) -> _Checked:
     try:
         if job.path is not None and sha256(job.path) != job.expected.get("sha256"):
             problems.append(f"{job.path} is not the file of the manifest, its checksum differs")
-        for sample in skip_bad(job.shard, lambda error: problems.append(str(error))):
-            try:
-                decode_image(sample)
-                if not 0 <= sample.label < job.num_classes:
-                    raise SampleError(
-                        f"has label {sample.label}, expected below {job.num_classes}",
-                        key=sample.key,
-                        shard=sample.shard,
-                    )
-            except SampleError as error:
-                problems.append(str(error))
+        for sample in job.shard:
+            checked = sample if isinstance(sample, BadSample) else decode_image(sample)
+            if isinstance(sample, BadSample) or isinstance(checked, BadSample):
+                problems.append(str(checked))
+            elif not 0 <= sample.label < job.num_classes:
+                reason = f"has label {sample.label}, expected below {job.num_classes}"
+                problems.append(str(sample.bad(reason)))
             else:
                 keys.append(sample.key)
     except (VlkrError, OSError) as error:  # the shard ends here

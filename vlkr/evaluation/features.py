@@ -18,7 +18,7 @@ from vlkr.adapters.inject import hosts
 from vlkr.datasets import Dataset, Source
 from vlkr.datasets.parallel import check_num_workers
 from vlkr.datasets.pipelines import evaluation_loader
-from vlkr.datasets.sources import skip_bad
+from vlkr.datasets.samples import good_samples
 from vlkr.errors import VlkrError
 from vlkr.evaluation.cache import cached
 from vlkr.evaluation.distributed import world_size
@@ -196,7 +196,7 @@ def feature_batches(
 def fingerprint(source: Source) -> str:
     """A hash of keys, labels, domains and encoded images, in order."""
     digest = blake2b(digest_size=32)
-    for sample in skip_bad(source, lambda error: None):
+    for sample in good_samples(source):
         about: list[Any] = [sample.key, sample.label, sample.domain, len(sample.image)]
         digest.update(json.dumps(about).encode())
         digest.update(sample.image)

@@ -12,7 +12,7 @@ import yaml
 from vlkr.adapters import load_adapter, save_adapter, set_adapter_scale
 from vlkr.adapters.inject import placed_adapters
 from vlkr.datasets import DataOptions, Dataset, load_dataset
-from vlkr.datasets.streaming import PickedSource
+from vlkr.datasets.samples import View
 from vlkr.datasets.transforms import to_tensor
 from vlkr.errors import VlkrError
 from vlkr.files import read_json, read_yaml, write_text
@@ -208,7 +208,7 @@ def run_validation(config: dict[str, Any], templates: Sequence[str] | None) -> D
     if source is None and data.val_images:
         has_own = "val" in dataset.splits and data.pool is dataset.source("train")
         pool = dataset.source("val") if has_own else data.pool
-        source = PickedSource(pool, Counter(data.val_images.keys))
+        source = View(pool, times=Counter(data.val_images.keys))
     if source is None:
         return None
     validation = replace(dataset, splits={"val": source}, sizes={}, domains=())

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlkr.datasets.images import decode_image
-from vlkr.datasets.sources import Sample, read_image
-from vlkr.errors import SampleError, VlkrError
+from vlkr.datasets.samples import BadSample, Sample, read_image
+from vlkr.errors import VlkrError
 from vlkr.export.formats import Predictor
 from vlkr.export.predictions import Prediction
 
@@ -63,11 +62,14 @@ class _Images(Dataset[tuple[str, Tensor | None, str | None]]):
 
     def __getitem__(self, index: int) -> tuple[str, Tensor | None, str | None]:
         path = self.paths[index]
-        try:
-            sample = Sample(path.name, read_image(path, path.name), 0)
-            image: Image.Image = decode_image(sample)
-        except SampleError as error:
-            return str(path), None, error.reason
+        content = read_image(path, path.name)
+        image = (
+            content
+            if isinstance(content, BadSample)
+            else decode_image(Sample(path.name, content, 0))
+        )
+        if isinstance(image, BadSample):
+            return str(path), None, image.reason
         return str(path), self.preprocess(image), None
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from vlkr.datasets import Dataset, Sample
 from vlkr.datasets.images import decode_image
-from vlkr.datasets.sources import skip_bad
-from vlkr.errors import SampleError, VlkrError
+from vlkr.datasets.samples import BadSample, good_samples
+from vlkr.errors import VlkrError
 from vlkr.export.formats import Predictor, Subject
 from vlkr.models.clip import encode_image, encode_text
 
@@ -117,7 +117,7 @@ def spread_images(dataset: Dataset, count: int) -> list[Image.Image]:
     shards = dataset.source("test").shards()
     step = -(-len(shards) // count)
     order = [shard for start in range(step) for shard in shards[start::step]]
-    parts = [skip_bad(shard, lambda error: None) for shard in order]
+    parts = [good_samples(shard) for shard in order]
     images = list(islice(_decodable(_in_turn(parts)), count))
     if not images:
         raise VlkrError(f"dataset {dataset.name!r} has no test image to compare the export on")
@@ -137,7 +137,6 @@ def _in_turn(iterators: list[Iterator[Sample]]) -> Iterator[Sample]:
 
 def _decodable(samples: Iterator[Sample]) -> Iterator[Image.Image]:
     for sample in samples:
-        try:
-            yield decode_image(sample)
-        except SampleError:
-            continue
+        image = decode_image(sample)
+        if not isinstance(image, BadSample):
+            yield image

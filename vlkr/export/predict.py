@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlkr.datasets.folders import image_files
-from vlkr.datasets.sources import IMAGE_EXTENSIONS
+from vlkr.datasets.lists import image_files
+from vlkr.datasets.samples import IMAGE_EXTENSIONS
 from vlkr.errors import VlkrError
 from vlkr.export.predictions import Predictions
 from vlkr.files import check_free, write_text

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from vlkr.adapters import add_adapters, find_targets, match_budget, save_adapter
 from vlkr.datasets import DataOptions, Dataset, FewShotDataModule
 from vlkr.datasets.pipelines import evaluation_loader
-from vlkr.datasets.streaming import PickedSource
+from vlkr.datasets.samples import View
 from vlkr.datasets.transforms import TrainTransform
 from vlkr.errors import VlkrError
 from vlkr.evaluation.runs import NEUTRAL
@@ -147,7 +147,7 @@ def is_first_process() -> bool:
 
 def _started_head(bundle: ClipBundle, dataset: Dataset, datamodule: FewShotDataModule) -> ClassHead:
     """Class embeddings at the mean features of the images to train on."""
-    source = PickedSource(datamodule.pool, datamodule.train_keys)
+    source = View(datamodule.pool, times=datamodule.train_keys)
     loader = evaluation_loader(source, bundle.preprocess, 32, datamodule.options.num_workers)
     head = ClassHead(dataset.class_names, bundle.model_cfg["embed_dim"])
     with torch.no_grad():
