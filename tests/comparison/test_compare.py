@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from grids import compare
 from helpers import write_images
 from safetensors.numpy import load_file
 from scipy.stats import binomtest
 
 from vlkr.comparison import figures
-from grids import compare
-from vlkr.comparison.options import GridConfig, MethodConfig
 from vlkr.comparison.methods import base_context
+from vlkr.comparison.options import GridConfig, MethodConfig
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate

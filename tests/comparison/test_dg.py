@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from grids import dg
 from safetensors.numpy import load_file
 
-from grids import dg
 from vlkr.comparison.dg import RULES, dg_plan
 from vlkr.comparison.options import GridConfig, MethodConfig
 from vlkr.comparison.results import read_results
@@ -114,7 +114,7 @@ def test_rule_chooses_and_is_named(grid, tmp_path, selection):
         found = {"weights_sha256": "0", "val_acc1": None, "results": results}
         write_json(folder / "result.json", found)
     found = read_results(plan, tmp_path)
-    chosen = [o.chosen.setting["lr"] for o in found.outcomes if o.entry.method == "kradapter"]
+    chosen = [o.chosen.setting["lr"] for o in found.selected if o.entry.method == "kradapter"]
     assert chosen == [3e-2] * 3
     assert found.plan.context["model selection"] == RULES[selection]
 

@@ -2,10 +2,10 @@
 
 import pytest
 import timm
+from grids import compare, dg, transfer
 from helpers import tree
 from safetensors.torch import save_file
 
-from grids import compare, dg, transfer
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 
@@ -24,14 +24,14 @@ def test_sizes_are_those_that_the_cells_have(options, tmp_path):
         assert int(row["parameters"].replace(",", "")) == result.record["parameters"]
         assert int(row["measured images"]) == result.sets["colors"]["images"]
         assert int(row["cells"]) == len(outcome.results)
-        log = result.folder / "run" / "logs" / "csv" / "metrics.csv"
+        log = result.folder.run / "logs" / "csv" / "metrics.csv"
         if log.is_file():
             lines = log.read_text().splitlines()
             column = lines[0].split(",").index("step")
             steps = 1 + max(int(line.split(",")[column]) for line in lines[1:])
             assert int(row["steps a cell"]) == steps
             total += steps * len(outcome.results)
-            split = (result.folder / "run" / "split.jsonl").read_text()
+            split = (result.folder.run / "split.jsonl").read_text()
             assert int(row["training images"]) == split.count('"train"')
         else:
             assert row["steps a cell"] == "0"

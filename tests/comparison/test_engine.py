@@ -1,17 +1,20 @@
 """Cells: skipped when finished, resumed when interrupted, alone when they fail."""
 
 import json
+import re
 import shutil
-import subprocess
+import threading
+import time
 from dataclasses import replace
 
+import psutil
 import pytest
 from filelock import FileLock
+from grids import compare
 from helpers import tree
 
 from vlkr.comparison import cell as cells
 from vlkr.comparison.cell import run_cell
-from grids import compare
 from vlkr.comparison.engine import run_cells
 from vlkr.comparison.options import MethodConfig
 from vlkr.comparison.plan import Cell
@@ -210,31 +213,30 @@ def test_no_jobs_only_collects(copied, options):
 
 
 def test_a_killed_worker_fails_its_cell_and_no_other(options, tmp_path):
-    """A real SIGKILL of the process whose cell is being computed."""
+    """A real SIGKILL of the process that trains a cell."""
     output = tmp_path / "out"
-    killed = "colors-shots2-lora-lr0.01-epochs500-seed1"
+    name = "colors-shots2-lora-lr0.01-epochs500-seed1"
+    folder = output / "cells" / name
 
     def kill():
-        run = output / "cells" / killed / "run" / "config.yaml"
-        while not run.is_file():  # it trains
+        while not (folder / "run" / "config.yaml").is_file():  # it does not train yet
             time.sleep(0.05)
-        [pid] = [
-            int(process.name)
-            for process in Path("/proc").iterdir()
-            if process.name.isdigit() and is_child(process) and holds(process, output, killed)
-        ]
-        os.kill(pid, signal.SIGKILL)
+        for process in psutil.Process().children():
+            if str(folder / "lock") in [file.path for file in process.open_files()]:
+                process.kill()
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     methods = [MethodConfig("lora", epochs=[500]), "zero-shot"]
     report = compare(output, methods=methods, jobs=2, **(options | {"seeds": [1]}))
     killer.join()
-    log = output.resolve() / "logs" / "process-1.log"
-    assert report.results.failures == {
-        killed: f"ProcessDied: its process ended with SIGKILL, see {log}"
-    }
-    assert set(report.results.cells) == {"colors-zero_shot"}
+    [message] = report.results.failures.values()
+    logs = re.escape(str(output / "logs"))
+    assert re.fullmatch(
+        rf"ProcessDied: its process ended with SIGKILL, see {logs}/process-[12]\.log", message
+    )
+    assert list(report.results.failures) == [name]
+    assert list(report.results.cells) == ["colors-zero_shot"]
 
 
 @pytest.mark.slow

@@ -61,7 +61,9 @@ def png():
 @pytest.fixture
 def page():
     rows = [[EVIL, "top-1 %"], ["lora", "9.5 ± 1"], [EVIL, "10.5"], ["probe", ""], ["full", "-2.0"]]
-    return html_page(EVIL, EVIL, [Table(EVIL, rows[0], rows[1:], note) for note in (EVIL, "")], {EVIL: png()})
+    return html_page(
+        EVIL, EVIL, [Table(EVIL, rows[0], rows[1:], note) for note in (EVIL, "")], {EVIL: png()}
+    )
 
 
 def test_everything_is_escaped_and_comes_back(page):

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from grids import compare
 from safetensors.numpy import load_file
 from sklearn.linear_model import LogisticRegression
 
-from grids import compare
 from vlkr.comparison.cell import STRENGTHS, fit_probe, probe_logits
 from vlkr.datasets import few_shot_split
 from vlkr.datasets.samples import View

@@ -5,10 +5,10 @@ import statistics
 from dataclasses import replace
 
 import pytest
+from grids import transfer
 from helpers import small_run, write_images
 from PIL import Image
 
-from grids import transfer
 from vlkr.comparison.options import MethodConfig
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate
