@@ -6,8 +6,7 @@ from pathlib import Path
 
 from vlkr.comparison.plan import Cell
 from vlkr.errors import VlkrError
-from vlkr.files import read_json, write_json
-from vlkr.nested import differences
+from vlkr.files import differences, read_json, write_json
 
 RESULT, ERROR, CONFIG, PREDICTIONS = (
     "result.json",

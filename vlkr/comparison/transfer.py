@@ -41,10 +41,10 @@ from vlkr.comparison.tables import (
     values_at,
 )
 from vlkr.datasets import DataOptions
-from vlkr.datasets.parallel import sha256
 from vlkr.errors import VlkrError
 from vlkr.evaluation.metrics import base_to_new
 from vlkr.evaluation.runs import run_config, run_labels, run_options
+from vlkr.files import sha256_of
 from vlkr.models.names import is_timm
 
 NEW = " (new classes)"
@@ -174,7 +174,7 @@ def _by_method(runs: dict[Path, dict[str, Any]]) -> dict[str, list[Path]]:
 def _sha256(run: Path) -> str:
     """Of what a run has learnt, so that a result is known to be of another state of its folder."""
     files = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "head.safetensors")
-    return " ".join(sha256(run / name)[:16] for name in files if (run / name).is_file())
+    return " ".join(sha256_of(run / name)[:16] for name in files if (run / name).is_file())
 
 
 def _sets(grid: GridOptions, data: DataOptions, datasets: list[str] | None) -> list[EvalSet]:
