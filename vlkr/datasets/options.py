@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentError, ArgumentParser
 
 from vlkr.datasets.prompts import absolute_templates
-from vlkr.datasets.registry import Dataset, described, load_dataset
+from vlkr.datasets.registry import Dataset, describe_dataset, load_dataset
 from vlkr.datasets.splits import read_split
 from vlkr.errors import VlkrError
 from vlkr.files import resource
@@ -129,7 +129,7 @@ class DataOptions:
         if self.name is None:
             return None
         name = self.name.partition("=")[0]
-        dataset = described(name, self.test_fraction, self.domains)
+        dataset = describe_dataset(name, self.test_fraction, self.domains)
         return dataset and dataset.select(classes=self.classes)
 
     def load(self) -> Dataset:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlkr.datasets.folders import image_files
+from vlkr.datasets.lists import image_files
 from vlkr.datasets.samples import IMAGE_EXTENSIONS
 from vlkr.errors import VlkrError
 from vlkr.export.predictions import Predictions
