@@ -297,7 +297,7 @@ def test_processes_share_the_images(tmp_path, processes, memory_gb):
         steps.add(len(loader))
         train.update(keys_of(loader))
         with mock.patch.multiple(
-            "vlkr.datasets.pipelines", rank=lambda: rank, world_size=lambda: processes
+            "vlkr.datasets.pipelines", rank=lambda rank=rank: rank, world_size=lambda: processes
         ):
             val.update(keys_of(data.val_dataloader()))
     assert len(steps) == 1
