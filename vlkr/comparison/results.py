@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from vlkr.comparison.plan import Candidate, Cell, Entry, Place, Plan, Reading
 from vlkr.errors import VlkrError
-from vlkr.files import read_json, write_json
-from vlkr.nested import differences
+from vlkr.files import differences, read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,10 @@ from vlkr.comparison.report import Picture, Report, standard_report
 from vlkr.comparison.results import GridResults, SelectedRuns
 from vlkr.comparison.tables import Table, Values, compare_to_reference, mean_std, method_table
 from vlkr.datasets import DataOptions
-from vlkr.datasets.parallel import sha256
 from vlkr.errors import VlkrError
 from vlkr.evaluation.metrics import base_to_new
 from vlkr.evaluation.runs import run_config, run_labels, run_options
+from vlkr.files import sha256_of
 from vlkr.models.names import is_timm
 
 NEW = " (new classes)"
@@ -174,7 +174,7 @@ def _by_method(runs: Mapping[Path, dict[str, Any]]) -> dict[str, list[Path]]:
 def _sha256(run: Path) -> str:
     """Fingerprint of what a run has learned, which tells states of its folder apart."""
     files = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "head.safetensors")
-    return " ".join(sha256(run / name)[:16] for name in files if (run / name).is_file())
+    return " ".join(sha256_of(run / name)[:16] for name in files if (run / name).is_file())
 
 
 def _sets(grid: GridConfig, data: DataOptions, datasets: list[str] | None) -> list[EvalSet]:
