@@ -94,7 +94,7 @@ def test_a_last_step_that_spoils_the_factors_is_never_saved(tmp_path, small, col
 
 @pytest.mark.parametrize("lr", [1e31, 1e300, math.inf, math.nan, 0.0, -1.0])
 def test_a_learning_rate_beyond_numbers_is_refused(tmp_path, small, colors, case, lr):
-    with case(LOSS), pytest.raises(VlkrError, match=r"optimizer\.lr .* is out of range"):
+    with case(LOSS), pytest.raises(VlkrError, match=r"optimizer\.lr is .*: "):
         small_run(tmp_path / "run", small, colors, optimizer=OptimizerConfig(lr=lr))
 
 

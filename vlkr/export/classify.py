@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, TextColumn
+from rich.progress import TextColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -17,6 +16,7 @@ from vlkr.datasets.samples import BadSample, Sample, read_image
 from vlkr.errors import VlkrError
 from vlkr.export.formats import Predictor
 from vlkr.export.predictions import Prediction
+from vlkr.runtime import progress_bar
 
 
 @torch.inference_mode()
@@ -42,7 +42,7 @@ def classify(
         num_workers=num_workers,
         collate_fn=_collate,
     )
-    with _progress() as progress:
+    with progress_bar(TextColumn("{task.completed} of {task.total} images")) as progress:
         task = progress.add_task("predict", total=len(paths))
         for batch in loader:
             predictions += _classify(predictor, batch, top_k)
@@ -103,14 +103,3 @@ def _classify(
         else:
             probabilities, labels = next(best)
             yield Prediction(path, tuple(names[i] for i in labels), tuple(probabilities))
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        *Progress.get_default_columns()[:2],
-        TextColumn("{task.completed} of {task.total} images"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )

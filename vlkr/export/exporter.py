@@ -19,8 +19,9 @@ from vlkr.export.formats import Classifier, Predictor, Subject, get_format
 from vlkr.export.preprocessing import Preprocessing
 from vlkr.files import read_json
 from vlkr.hashing import weights_hash
-from vlkr.models.clip import logit_scale, pick_device
+from vlkr.models.clip import logit_scale
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
+from vlkr.runtime import pick_device
 from vlkr.version import __version__
 
 MANIFEST = "vlkr_export.json"
