@@ -426,7 +426,7 @@ def label_out_of_range(folder):
         ("evaluate --run /nowhere", "no run folder at /nowhere"),
         ("export --run /nowhere", "no run folder at /nowhere"),
         ("export --run OTHER", "was made for another base"),
-        (corrupt_image, "is no image in a format that is known"),
+        (corrupt_image, "is not an image in a known format"),
         (empty_class, "class 'red' is empty"),
         (truncated_tar, "1.tar: unexpected end of data"),
         (missing_shard, "1.tar is missing"),

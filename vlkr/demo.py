@@ -11,7 +11,6 @@ from rich.console import Console
 
 from vlkr.datasets import DataOptions, load_dataset
 from vlkr.evaluation.report import Evaluation, markdown_table, rich_table
-from vlkr.export.export import ExportResult, export
 from vlkr.files import check_free, write_json, write_text
 from vlkr.training.adapt import adapt
 from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
@@ -33,7 +32,7 @@ class DemoResult:
 
     evaluations: dict[str, list[Evaluation]]
     parameters: dict[str, int]
-    exported: ExportResult
+    exported: Any
     context: dict[str, Any]
     output: Path
 
@@ -106,6 +105,8 @@ def demo(output: Path = Path("runs/demo"), quick: bool = False, force: bool = Fa
     Raises:
         VlkrError: if ``output`` holds something.
     """
+    from vlkr.export.export import export
+
     import torch
 
     check_free(output, force=force)

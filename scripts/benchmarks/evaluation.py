@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from vlkr.datasets import Dataset, load_dataset
+from vlkr.datasets.prompts import resolve_templates
 from vlkr.evaluation import zero_shot
 from vlkr.evaluation.zero_shot import evaluate_bundle
 from vlkr.models.clip import ClipBundle, image_size, load_clip
-from vlkr.models.templates import resolve_templates
 
 PARTS = {"whole": "", "images alone": " images"}
 

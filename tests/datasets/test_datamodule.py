@@ -226,7 +226,7 @@ def test_bad_images_are_skipped_and_counted(tmp_path, memory_gb):
     options = DataOptions(
         root=root, fraction=1.0, batch_size=9, min_steps_per_epoch=1, memory_gb=memory_gb
     )
-    with pytest.raises(VlkrError, match=r"sample 'red/3\.png' is no image"):
+    with pytest.raises(VlkrError, match=r"sample 'red/3\.png' is not an image"):
         list(make(options).train_dataloader())
     with pytest.warns(UserWarning, match=r"1 bad sample was skipped; the first: sample 'red/3\.p"):
         keys = keys_of(make(replace(options, max_bad=1)).train_dataloader())

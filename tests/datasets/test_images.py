@@ -151,15 +151,15 @@ def test_first_frame_of_an_animation_counts(kind):
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "is no image in a format that is known"),
-        (b"garbage", "is no image in a format that is known"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image in a format"),
-        (b"\x80\x04cos\nabort\n(tR.", "is no image in a format that is known"),
+        (b"", "is not an image in a known format"),
+        (b"garbage", "is not an image in a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image in a known"),
+        (b"\x80\x04cos\nabort\n(tR.", "is not an image in a known format"),
         (color_image("red", 0)[:200], "is a corrupt image: .*truncated"),
         (encode(Image.fromarray(pattern(64, 64)), "jpeg")[:-300], "is a corrupt image: .*trunc"),
         (color_image("red", 0)[:60], "is a corrupt image: "),
-        (encode(Image.new("F", (2, 2)), "tiff"), "has pixels of mode F, expected gray or colours"),
-        (encode(Image.new("I", (2, 2)), "tiff"), "has pixels of mode I, expected gray or colours"),
+        (encode(Image.new("F", (2, 2)), "tiff"), "has pixels of mode F, expected gray or colors"),
+        (encode(Image.new("I", (2, 2)), "tiff"), "has pixels of mode I, expected gray or colors"),
         (encode(Image.new("LAB", (2, 2)), "tiff"), "has pixels of mode LAB, expected gray or"),
     ],
 )

@@ -325,7 +325,7 @@ def test_a_bad_sample_stops_and_is_named(workers):
         list(evaluation_loader(bad_source(), pixels, 2, workers))
     reason, _, hint = str(caught.value).partition("; ")
     assert reason in (
-        "1.tar, sample 'k3' is no image in a format that is known",
+        "1.tar, sample 'k3' is not an image in a known format",
         "2.tar, sample 'x' has no label",
     )
     assert hint == "max_bad lets such samples be skipped"

@@ -145,7 +145,10 @@ def test_a_folder_named_as_a_card_is_the_folder_when_given_as_root(tmp_path, mon
     [
         ({}, "no dataset: give --data.name CARD or --data.root FOLDER"),
         ({"root": ROOT / "nothing"}, "no folder at data root"),
-        ({"root": ROOT / "README.md"}, r"README\.md is no folder, nor a list of images \(\.json, "),
+        (
+            {"root": ROOT / "README.md"},
+            r"README\.md is not a folder or a list of images \(\.json, ",
+        ),
         (
             {"name": "https://host/x", "root": ROOT},
             "data.name https://host/x is no card, as it must be",

@@ -266,7 +266,7 @@ def bad_source():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_place_of_a_bad_image_is_taken_and_it_is_counted(workers):
-    with pytest.raises(VlkrError, match=r"^1\.tar, sample 'k5' is no image"):
+    with pytest.raises(VlkrError, match=r"^1\.tar, sample 'k5' is not an image"):
         list(loader_of(bad_source(), workers=workers))
     loader = loader_of(bad_source(), workers=workers, bad=BadSamples(1))
     for _ in range(2):  # anew in each epoch

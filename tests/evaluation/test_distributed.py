@@ -70,7 +70,7 @@ def test_two_processes_report_what_one_does(run, tmp_path):
     first, second = (json.loads((output / f"{i}.json").read_text()) for i in range(2))
     assert first == second
     shared, error = first
-    assert "sample 'red/1.png' is no image" in error
+    assert "sample 'red/1.png' is not an image" in error
     for options, found in zip(OPTIONS, shared, strict=True):
         alone = json.loads(json.dumps(measure(run, roots, options)))
         assert found == alone

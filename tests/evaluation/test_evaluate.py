@@ -153,7 +153,7 @@ def test_corrupt_image_is_told_in_one_line(small, tmp_path, capsys, workers):
     assert main([*arguments, "--num-workers", str(workers)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     reason, _, hint = error.partition("; ")
-    assert reason == "vlkr: error: sample 'red/1.png' is no image in a format that is known"
+    assert reason == "vlkr: error: sample 'red/1.png' is not an image in a known format"
     assert hint == "max_bad lets such samples be skipped"
 
 

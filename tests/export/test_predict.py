@@ -187,7 +187,7 @@ def test_nothing_but_unreadable_images(model, tmp_path, capsys):
     status, lines = lines_of(capsys, "--model", model, tmp_path)
     assert status == 1
     assert lines == [
-        {"image": str(tmp_path / "a.png"), "error": "is no image in a format that is known"}
+        {"image": str(tmp_path / "a.png"), "error": "is not an image in a known format"}
     ]
 
 

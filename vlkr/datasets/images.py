@@ -1,9 +1,11 @@
-"""Decoding images that nobody vouches for."""
+"""Decode, recognize and shrink untrusted image files."""
 
 from __future__ import annotations
 
 import io
+import re
 import warnings
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -16,6 +18,17 @@ MAX_PIXELS = 2**26
 # Pillow's names of what the sources read: no other of its decoders is ever started.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _CONVERTED = ("RGB", "L", "P", "1", "CMYK", "YCbCr", "RGBX")
+_UNKNOWN = "is not an image in a known format"
+_MAGIC = {
+    "jpg": rb"\xff\xd8\xff",
+    "png": rb"\x89PNG\r\n\x1a\n",
+    "webp": rb"RIFF....WEBP",
+    "bmp": rb"BM",
+    "gif": rb"GIF8",
+    "tif": rb"II\*\0|MM\0\*|II\+\0|MM\0\+",
+    "ppm": rb"P[1-6]",
+}
+_LOSSLESS = ("png", "bmp", "gif", "ppm")
 
 
 def decode_image(sample: Sample) -> Image.Image | BadSample:
@@ -37,7 +50,7 @@ def decode_image(sample: Sample) -> Image.Image | BadSample:
             with Image.open(io.BytesIO(sample.image), formats=_FORMATS) as image:
                 return _rgb(image)
     except UnidentifiedImageError:
-        reason = "is no image in a format that is known"
+        reason = _UNKNOWN
     except Image.DecompressionBombError:
         reason = f"has more than the {MAX_PIXELS:,} pixels allowed"
     except _RefusedError as error:
@@ -70,7 +83,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         white.alpha_composite(image.convert("RGBA"))
         return white.convert("RGB")
     if image.mode not in _CONVERTED:
-        raise _RefusedError(f"has pixels of mode {image.mode}, expected gray or colours")
+        raise _RefusedError(f"has pixels of mode {image.mode}, expected gray or colors")
     return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
@@ -87,3 +100,36 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     if isinstance(clear := image.info.get("transparency"), int):
         gray[values == clear] = 255
     return Image.fromarray(gray).convert("RGB")
+
+
+def image_extension(image: bytes) -> str | None:
+    """Of encoded bytes, told by how they begin; None for a format that is not known."""
+    return next((e for e, magic in _MAGIC.items() if re.match(magic, image, re.DOTALL)), None)
+
+
+def check_format(sample: Sample) -> str | BadSample:
+    """The image's file extension, if its format is known."""
+    return image_extension(sample.image) or sample.bad(_UNKNOWN)
+
+
+def shrink(sample: Sample, size: int | None) -> Sample | BadSample:
+    """The sample with its image's shorter side at most ``size`` pixels.
+
+    PNG, BMP, GIF and PPM stay lossless, as PNG; what else is shrunk becomes a JPEG of quality 95.
+    """
+    if size is None:
+        return sample
+    image = decode_image(sample)
+    if isinstance(image, BadSample):
+        return image
+    short = min(image.size)
+    if short <= size:
+        return sample
+    width, height = (max(size, round(side * size / short)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    buffer = io.BytesIO()
+    if image_extension(sample.image) in _LOSSLESS:
+        image.save(buffer, "png")
+    else:
+        image.save(buffer, "jpeg", quality=95, subsampling=0)
+    return replace(sample, image=buffer.getvalue())

@@ -16,8 +16,7 @@ from PIL import Image, ImageDraw, ImageOps
 from rich.console import Console
 from rich.table import Table
 
-from vlkr.datasets.images import decode_image
-from vlkr.datasets.members import image_extension
+from vlkr.datasets.images import decode_image, image_extension
 from vlkr.datasets.pack import progress_bar
 from vlkr.datasets.parallel import parallel_map
 from vlkr.datasets.registry import Dataset, load_dataset

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlkr.datasets.folders import SPLITS
+from vlkr.datasets.lists import SPLITS
 from vlkr.datasets.remote import MissingError
 from vlkr.datasets.roots import LocalRoot, Root
+from vlkr.datasets.samples import Source
 from vlkr.datasets.shards import ShardSource
 from vlkr.errors import VlkrError
 
@@ -31,10 +32,10 @@ class Layout:
     """
 
     class_names: tuple[str, ...]
-    splits: Mapping[str, ShardSource]
-    templates: tuple[str, ...]
-    domains: tuple[str, ...]
-    sizes: Mapping[str, int]
+    splits: Mapping[str, Source]
+    templates: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 def holds_shards(folder: Path) -> bool:

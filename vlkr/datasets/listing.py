@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from vlkr.datasets.cards import SUITES, Card, card_names, load_card
-from vlkr.datasets.registry import own_place
+from vlkr.datasets.registry import local_path
 from vlkr.errors import VlkrError
 
 _WIDE = 110  # columns
@@ -33,7 +33,7 @@ class CardList:
                 "suites": list(card.suites),
                 "source": card.source,
                 "licence": card.licence,
-                "place": None if (place := own_place(card)) is None else str(place),
+                "place": None if (place := local_path(card)) is None else str(place),
                 "wds": card.wds,
             }
             for card in self.cards
@@ -52,7 +52,7 @@ class CardList:
         )
         for card in self.cards:
             number = _num_classes(card)
-            place = "here" if own_place(card) else "stream" if card.wds else "no"
+            place = "here" if local_path(card) else "stream" if card.wds else "no"
             table.add_row(
                 card.name,
                 card.title,

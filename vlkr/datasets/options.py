@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from vlkr.datasets.registry import Dataset, described, load_dataset
+from vlkr.datasets.prompts import absolute_templates
+from vlkr.datasets.registry import Dataset, describe_dataset, load_dataset
 from vlkr.datasets.splits import read_split
 from vlkr.errors import VlkrError
 from vlkr.files import resource
@@ -113,9 +113,7 @@ class DataOptions:
         """The same data, by paths that hold from any working folder."""
         templates = self.templates
         if templates is not None:
-            # Only vlkr.models knows which of them are names of sets.
-            models = importlib.import_module("vlkr.models.templates")
-            templates = models.absolute_templates(templates)
+            templates = absolute_templates(templates)
         name, _, place = (self.name or "").partition("=")
         named = f"{name}={Path(place).resolve()}" if place and Path(place).exists() else self.name
         root = None if self.root is None else Path(self.root).resolve()
@@ -131,7 +129,7 @@ class DataOptions:
         if self.name is None:
             return None
         name = self.name.partition("=")[0]
-        dataset = described(name, self.test_fraction, self.domains)
+        dataset = describe_dataset(name, self.test_fraction, self.domains)
         return dataset and dataset.select(classes=self.classes)
 
     def load(self) -> Dataset:

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from vlkr.datasets.members import check_format, shrunk, tar_fields
+from vlkr.datasets.images import check_format, shrink
 from vlkr.datasets.parallel import parallel_map, runs, sha256
 from vlkr.datasets.registry import Dataset, load_dataset
 from vlkr.datasets.samples import BadSample, Sample, Source, good_samples, shuffled_by_hash
+from vlkr.datasets.shards import tar_fields
 from vlkr.errors import VlkrError
 from vlkr.files import atomic_file, check_free, read_json, write_json, write_text
 
@@ -291,7 +292,7 @@ class _Writer:
                     sample = next(self.samples, None)
                     if sample is None:
                         raise VlkrError(f"the data changed: {path} lacks samples that were there")
-                    small = shrunk(sample, self.resize)
+                    small = shrink(sample, self.resize)
                     files = small if isinstance(small, BadSample) else tar_fields(small)
                     if isinstance(files, BadSample):
                         bad.append(str(files))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tarfile
@@ -12,6 +13,7 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from vlkr.datasets.images import check_format
 from vlkr.datasets.roots import Root
 from vlkr.datasets.samples import (
     IMAGE_EXTENSIONS,
@@ -33,6 +35,9 @@ _DAMAGED = (OSError, tarfile.TarError, ValueError, IndexError, RecursionError)
 _AHEAD = 32
 _AHEAD_BYTES = 2**22
 _OCTAL = re.compile(rb"[0-7]+")
+# A key that is a tar member's name as it stands: webdataset cuts names at the first dot.
+_SAFE_KEY = re.compile(r"[\w-]+(?:/[\w-]+)*", re.ASCII)
+_MAX_KEY = 80
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 
 
@@ -291,3 +296,19 @@ def _parse(fields: Mapping[str, bytes]) -> tuple[bytes, int, dict[str, Any]]:
     if labels[0] != labels[-1]:
         raise ValueError(f"has label {labels[0]} in .cls and {labels[-1][:20]} in .json")
     return image, int(labels[0]), facts
+
+
+def tar_fields(sample: Sample) -> list[tuple[str, bytes]] | BadSample:
+    """Names and contents of a sample's files in a tar.
+
+    A key that webdataset would cut at a dot goes into ``.json``, and a hash of it into the name.
+    """
+    extension = check_format(sample)
+    if isinstance(extension, BadSample):
+        return extension
+    is_safe = len(sample.key) <= _MAX_KEY and _SAFE_KEY.fullmatch(sample.key)
+    name = sample.key if is_safe else "s" + hashlib.sha256(sample.key.encode()).hexdigest()[:20]
+    about = {} if is_safe else {"key": sample.key}
+    about |= {} if sample.domain is None else {"domain": sample.domain}
+    fields = [(f"{name}.{extension}", sample.image), (f"{name}.cls", str(sample.label).encode())]
+    return fields + ([(f"{name}.json", json.dumps(about).encode())] if about else [])

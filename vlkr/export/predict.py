@@ -18,8 +18,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vlkr.datasets.folders import image_files
 from vlkr.datasets.images import decode_image
+from vlkr.datasets.lists import image_files
 from vlkr.datasets.samples import IMAGE_EXTENSIONS, BadSample, Sample, read_image
 from vlkr.errors import VlkrError
 from vlkr.export.export import load_export, read_manifest

@@ -1,7 +1,7 @@
 """Rendered characters: digits and Latin letters in the fonts that matplotlib ships.
 
 A glyph is a mask ``(size, size)`` of ink coverage, 0 (background) to 255 (ink). Masks are warped by
-small affine maps and painted with an ink and a background colour. All randomness comes from the
+small affine maps and painted with an ink and a background color. All randomness comes from the
 `numpy.random.Generator` that the caller passes.
 """
 
@@ -45,7 +45,7 @@ HELD_OUT_FONTS: tuple[str, ...] = (
     "cmtt10",
 )
 
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "black": (0, 0, 0),
     "white": (255, 255, 255),
     "gray": (128, 128, 128),
@@ -77,7 +77,7 @@ def font_path(font: str) -> Path:
 
 
 def render_mask(character: str, font: str, *, size: int = 64, stroke: int = 0) -> NDArray[np.uint8]:
-    """Draws one character, its bounding box centred, all characters of a font at one scale.
+    """Draws one character, its bounding box centerd, all characters of a font at one scale.
 
     Args:
         character: One of `CHARACTERS`.
@@ -164,8 +164,8 @@ def warp(mask: NDArray[np.uint8], matrix: NDArray[np.float64]) -> NDArray[np.uin
     """Applies one of `random_affines` to a mask ``(size, size)``; outside it there is no ink."""
     size = mask.shape[0]
     linear, move = matrix[:, :2], matrix[:, 2]
-    centre = np.full(2, size / 2)
-    offset = centre + move * size / 2 - linear @ centre
+    center = np.full(2, size / 2)
+    offset = center + move * size / 2 - linear @ center
     coefficients = np.concatenate([linear, offset[:, None]], axis=1).ravel().tolist()
     image = Image.fromarray(mask).transform(
         (size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC
@@ -186,17 +186,17 @@ def render_glyph(
     return np.asarray(Image.fromarray(warped).resize((size, size), Image.Resampling.BOX))
 
 
-def colour_pairs(min_contrast: float = 0.25) -> list[tuple[str, str]]:
-    """Names (ink, background) of all pairs in `COLOURS` that are told apart with ease.
+def color_pairs(min_contrast: float = 0.25) -> list[tuple[str, str]]:
+    """Names (ink, background) of all pairs in `COLORS` that are told apart with ease.
 
     Args:
         min_contrast: Smallest difference in luma, as a fraction of white's.
     """
-    luma = {name: float(_LUMA @ np.array(rgb)) / 255 for name, rgb in COLOURS.items()}
+    luma = {name: float(_LUMA @ np.array(rgb)) / 255 for name, rgb in COLORS.items()}
     return [
         (ink, background)
-        for ink in COLOURS
-        for background in COLOURS
+        for ink in COLORS
+        for background in COLORS
         if abs(luma[ink] - luma[background]) >= min_contrast
     ]
 
@@ -204,7 +204,7 @@ def colour_pairs(min_contrast: float = 0.25) -> list[tuple[str, str]]:
 def paint(
     mask: NDArray[np.uint8], ink: Sequence[float], background: Sequence[float]
 ) -> NDArray[np.uint8]:
-    """Blends two RGB colours by ink coverage.
+    """Blends two RGB colors by ink coverage.
 
     Args:
         mask: Ink coverage ``(...)``, 0 to 255.
@@ -212,9 +212,9 @@ def paint(
         background: RGB, 0 to 255.
 
     Returns:
-        Colours ``(..., 3)``.
+        Colors ``(..., 3)``.
     """
     coverage = mask[..., None] / 255
     blend = coverage * np.asarray(ink) + (1 - coverage) * np.asarray(background)
-    colours: NDArray[np.uint8] = np.rint(blend).astype(np.uint8)
-    return colours
+    colors: NDArray[np.uint8] = np.rint(blend).astype(np.uint8)
+    return colors
