@@ -105,8 +105,6 @@ def demo(output: Path = Path("runs/demo"), quick: bool = False, force: bool = Fa
     Raises:
         VlkrError: if ``output`` holds something.
     """
-    from vlkr.export.export import export
-
     import torch
 
     check_free(output, force=force)
@@ -120,6 +118,7 @@ def demo(output: Path = Path("runs/demo"), quick: bool = False, force: bool = Fa
 
 def _demo(output: Path, quick: bool, force: bool) -> DemoResult:
     from vlkr.evaluation.zero_shot import evaluate_bundle
+    from vlkr.export.export import export
     from vlkr.models.clip import load_clip
     from vlkr.models.names import TINY
 

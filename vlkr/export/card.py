@@ -18,7 +18,7 @@ from huggingface_hub import (
 # Of whichever HTTP library this version of the hub's client is built on.
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from vlkr.errors import VlkrError, printable
@@ -87,7 +87,7 @@ def model_card(
     )
 
 
-def _template() -> Any:
+def _template() -> Template:
     """Return the template; what it inserts is shown as it is, without tags, links or cells."""
     environment = Environment(
         loader=PackageLoader("vlkr.export", ""),

@@ -276,12 +276,13 @@ class _Images(Dataset[tuple[str, Tensor | str]]):
 
     def __getitem__(self, index: int) -> tuple[str, Tensor | str]:
         path = self.paths[index]
-        content = read_image(path, path.name)
-        if isinstance(content, bytes):
-            content = decode_image(Sample(path.name, content, 0))
-        if isinstance(content, BadSample):
-            return str(path), content.reason
-        return str(path), self.preprocess(content)
+        encoded = read_image(path, path.name)
+        if isinstance(encoded, BadSample):
+            return str(path), encoded.reason
+        image = decode_image(Sample(path.name, encoded, 0))
+        if isinstance(image, BadSample):
+            return str(path), image.reason
+        return str(path), self.preprocess(image)
 
 
 def _collate(
