@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import open_clip
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from webdataset.tariterators import base_plus_ext
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "real"
@@ -79,6 +81,16 @@ def write_tar(path: Path, samples: Iterable[tuple[str, bytes, object]]) -> None:
                 entry = tarfile.TarInfo(f"{key}.{extension}")
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
+
+
+def records_of_tar(path: Path) -> list[tuple[str, dict[str, bytes]]]:
+    """Key and fields of webdataset's records, by the standard library and webdataset alone."""
+    with tarfile.open(path, "r:") as archive:
+        files = [(m.name, archive.extractfile(m).read()) for m in archive if m.isreg()]
+    named = [(*base_plus_ext(name), content) for name, content in files]
+    kept = [entry for entry in named if entry[0] is not None and not entry[0].startswith("__")]
+    groups = groupby(kept, key=lambda entry: entry[0])
+    return [(key, {e.lower(): content for _, e, content in group}) for key, group in groups]
 
 
 def write_shards(

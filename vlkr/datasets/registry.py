@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlkr.datasets.cards import Card, card_names, load_card
-from vlkr.datasets.layout import Layout, holds_shards, read_layout
 from vlkr.datasets.lists import SPLITS, TABLES, Listing, read_listing
 from vlkr.datasets.prompts import check_templates, resolve_list, resolve_templates
 from vlkr.datasets.roots import LocalRoot, is_address, open_root
@@ -23,6 +22,7 @@ from vlkr.datasets.samples import (
     View,
     unit_hash,
 )
+from vlkr.datasets.shards import Layout, holds_shards, read_layout
 from vlkr.errors import VlkrError
 from vlkr.files import resource
 
