@@ -163,7 +163,7 @@ def test_names_do_not_steer_a_markdown_page(case):
 
 def test_names_do_not_steer_a_web_page(case):
     with case(NAMES):
-        table = Table(EVIL, [["a", EVIL], [EVIL, "1"]], EVIL)
+        table = Table(EVIL, ("a", EVIL), ((EVIL, "1"),), EVIL)
         text = html_page(EVIL, EVIL, [table], {EVIL: b"png"})
         assert "<script>alert" not in text
         assert text.count("<script>") == 1

@@ -79,10 +79,9 @@ def html_page(
 
 
 def _table(table: Table) -> str:
-    header, *rows = table.rows
-    head = "".join(f'<th scope="col"><button>{escape(cell)}</button></th>' for cell in header)
+    head = "".join(f'<th scope="col"><button>{escape(cell)}</button></th>' for cell in table.header)
     body = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
     )
     note = f'<p class="note">{escape(table.note)}.</p>' if table.note else ""
     return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import subprocess
@@ -13,13 +12,13 @@ from typing import BinaryIO, Protocol
 from urllib.parse import quote, unquote
 
 from huggingface_hub import get_token, hf_hub_url
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+from rich.progress import DownloadColumn, TaskID
 
 from vlkr.datasets.cache import default_cache, sha256_of
 from vlkr.datasets.remote import MissingError, download
 from vlkr.errors import VlkrError
+from vlkr.runtime import progress_bar
 
 _LONG = 2**20
 """A download of so many bytes shows its progress."""
@@ -148,10 +147,7 @@ class _Shown:
     def __init__(self, path: str, on_size: Callable[[int], None]) -> None:
         self.path = path
         self.on_size = on_size
-        console = Console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
-        is_silent = not console.is_terminal or multiprocessing.parent_process() is not None
-        self.progress = Progress(*columns, console=console, transient=True, disable=is_silent)
+        self.progress = progress_bar(DownloadColumn())
         self.task: TaskID | None = None
 
     def __enter__(self) -> _Shown:

@@ -35,8 +35,9 @@ from vlkr.export.formats import (
 from vlkr.export.parity import Parity, check_parity
 from vlkr.files import atomic_folder, check_free, read_json, write_json, write_text
 from vlkr.hashing import weights_hash
-from vlkr.models.clip import logit_scale, pick_device
+from vlkr.models.clip import logit_scale
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
+from vlkr.runtime import pick_device
 from vlkr.version import __version__
 
 MANIFEST = "vlkr_export.json"

@@ -5,18 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, TextColumn
+from rich.progress import TextColumn
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from vlkr.datasets.images import decode_image
 from vlkr.datasets.lists import image_files
@@ -25,6 +27,7 @@ from vlkr.errors import VlkrError
 from vlkr.export.export import load_export, read_manifest
 from vlkr.export.formats import Exported
 from vlkr.files import check_free, write_text
+from vlkr.runtime import parallel_map, progress_bar
 
 FORMATS = ("table", "jsonl", "csv")
 
@@ -250,78 +253,44 @@ def classify(
         VlkrError: if the model's outputs are not finite.
     """
     predictions: list[Prediction] = []
-    loader: DataLoader[Any] = DataLoader(
-        _Images(paths, exported),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        collate_fn=_collate,
-    )
-    with _progress() as progress:
+    decoded = parallel_map(partial(_read, exported.preprocess), paths, num_workers)
+    with progress_bar(TextColumn("{task.completed} of {task.total} images")) as progress:
         task = progress.add_task("predict", total=len(paths))
-        for pixels, rows in loader:
-            predictions += _predictions(exported, pixels, rows, top_k)
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            items = list(islice(decoded, len(batch)))
+            predictions += _predictions(exported, batch, items, top_k)
             progress.update(task, completed=len(predictions))
     return predictions
 
 
-class _Images(Dataset[tuple[str, Tensor | str]]):
-    """Path and pixels of each image, or path and why it is unreadable."""
-
-    def __init__(self, paths: list[Path], exported: Exported) -> None:
-        self.paths = paths
-        self.preprocess = exported.preprocess
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[str, Tensor | str]:
-        path = self.paths[index]
-        encoded = read_image(path, path.name)
-        if isinstance(encoded, BadSample):
-            return str(path), encoded.reason
-        image = decode_image(Sample(path.name, encoded, 0))
-        if isinstance(image, BadSample):
-            return str(path), image.reason
-        return str(path), self.preprocess(image)
-
-
-def _collate(
-    items: list[tuple[str, Tensor | str]],
-) -> tuple[Tensor | None, list[tuple[str, str | None]]]:
-    """Return the pixels of the readable images, and path and error of all."""
-    pixels = [item for _, item in items if isinstance(item, Tensor)]
-    rows = [(path, item if isinstance(item, str) else None) for path, item in items]
-    return torch.stack(pixels) if pixels else None, rows
+def _read(preprocess: Callable[[Image.Image], Tensor], path: Path) -> Tensor | str:
+    """Return an image's pixels, or why it is unreadable."""
+    encoded = read_image(path, path.name)
+    if isinstance(encoded, BadSample):
+        return encoded.reason
+    image = decode_image(Sample(path.name, encoded, 0))
+    return image.reason if isinstance(image, BadSample) else preprocess(image)
 
 
 def _predictions(
-    exported: Exported, pixels: Tensor | None, rows: list[tuple[str, str | None]], top_k: int
+    exported: Exported, paths: list[Path], items: list[Tensor | str], top_k: int
 ) -> Iterator[Prediction]:
-    logits = (
-        torch.empty(0, top_k) if pixels is None else exported.logits(pixels.to(exported.device))
-    )
-    if not logits.isfinite().all():
-        raise VlkrError(
-            f"the model's outputs are not finite for {rows[0][0]} and what follows; its weights "
-            "are damaged, or too large for their dtype"
-        )
-    top = logits.softmax(1).topk(top_k)
-    best = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    pixels = [item for item in items if isinstance(item, Tensor)]
+    best: Iterator[tuple[list[float], list[int]]] = iter(())
+    if pixels:
+        logits = exported.logits(torch.stack(pixels).to(exported.device))
+        if not logits.isfinite().all():
+            raise VlkrError(
+                f"the model's outputs are not finite for {paths[0]} and what follows; its weights "
+                "are damaged, or too large for their dtype"
+            )
+        top = logits.softmax(1).topk(top_k)
+        best = zip(top.values.tolist(), top.indices.tolist(), strict=True)
     names = exported.classifier.class_names
-    for path, error in rows:
-        if error is not None:
-            yield Prediction(path, error=error)
+    for path, item in zip(paths, items, strict=True):
+        if isinstance(item, str):
+            yield Prediction(str(path), error=item)
         else:
             probabilities, labels = next(best)
-            yield Prediction(path, tuple(names[i] for i in labels), tuple(probabilities))
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        *Progress.get_default_columns()[:2],
-        TextColumn("{task.completed} of {task.total} images"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+            yield Prediction(str(path), tuple(names[i] for i in labels), tuple(probabilities))

@@ -91,8 +91,9 @@ def adapt(
     from vlkr.evaluation.report import evaluation_markdown
     from vlkr.evaluation.zero_shot import evaluate_bundle
     from vlkr.models.loading import load_model
+    from vlkr.runtime import is_first_process
     from vlkr.training.interruption import is_requeued, tells_how_to_go_on
-    from vlkr.training.recipe import is_first_process, train
+    from vlkr.training.recipe import train
     from vlkr.training.trainer import CHECKPOINT
 
     is_first = is_first_process()
