@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
+from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions, load_dataset
 from vlkr.evaluation.report import Evaluation, markdown_table, rich_table
 from vlkr.files import check_free, write_json, write_text
 from vlkr.training.adapt import adapt
-from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
 METHODS = {"kradapter": "KRAdapter", "lora": "LoRA"}
 
@@ -137,12 +137,12 @@ def _demo(output: Path, quick: bool, force: bool) -> DemoResult:
             try:
                 result = adapt(
                     output / "runs" / f"{method}-seed{seed}",
-                    adapter=AdapterOptions(
+                    adapter=AdapterConfig(
                         method, match=None if method == "kradapter" else "kradapter"
                     ),
                     data=DataOptions("digits", shots=16, crop_scale=(0.7, 1.0), flip=False),
-                    optimizer=OptimizerOptions(),
-                    trainer=TrainerOptions(epochs=epochs, accelerator="cpu"),
+                    optimizer=OptimizerConfig(),
+                    trainer=TrainerConfig(epochs=epochs, accelerator="cpu"),
                     seed=seed,
                     force=force,
                 )
@@ -158,7 +158,7 @@ def _demo(output: Path, quick: bool, force: bool) -> DemoResult:
         "seeds": " ".join(map(str, seeds)),
         "split": "test",
         "templates": home.template_set,
-        "learning rate": OptimizerOptions().lr,
+        "learning rate": OptimizerConfig().lr,
         "checkpoint": "last iteration",
     }
     if len(seeds) > 1:

@@ -52,7 +52,7 @@ CONFIG_TEXTS = [
     "output: !!python/object/new:os.mkdir ['{path}']\n",
     "adapter: {{class_path: os.mkdir, init_args: {{path: '{path}'}}}}\n",
     "data: {{class_path: pathlib.Path.mkdir, init_args: {{self: '{path}'}}}}\n",
-    "optimizer: {{class_path: vlkr.training.trainer.TrainerOptions}}\n",
+    "optimizer: {{class_path: vlkr.config.TrainerConfig}}\n",
     "__path__: x\n",
     "config: {{config: 1}}\n",
     "adapter: {{options: {{rank: !!python/name:os.system }}}}\n",
