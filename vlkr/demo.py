@@ -12,7 +12,6 @@ from rich.console import Console
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions, load_dataset
 from vlkr.evaluation.report import Evaluation, markdown_table, rich_table
-from vlkr.export.export import ExportResult, export
 from vlkr.files import check_free, write_json, write_text
 from vlkr.training.adapt import adapt
 
@@ -33,7 +32,7 @@ class DemoResult:
 
     evaluations: dict[str, list[Evaluation]]
     parameters: dict[str, int]
-    exported: ExportResult
+    exported: Any
     context: dict[str, Any]
     output: Path
 
@@ -119,6 +118,7 @@ def demo(output: Path = Path("runs/demo"), quick: bool = False, force: bool = Fa
 
 def _demo(output: Path, quick: bool, force: bool) -> DemoResult:
     from vlkr.evaluation.zero_shot import evaluate_bundle
+    from vlkr.export.export import export
     from vlkr.models.clip import load_clip
     from vlkr.models.names import TINY
 
