@@ -21,13 +21,22 @@ from vlkr.datasets import DataOptions, Dataset
 from vlkr.datasets.samples import View
 from vlkr.datasets.transforms import to_tensor
 from vlkr.errors import VlkrError
-from vlkr.files import check_free, exclusive, read_json, read_yaml, write_json, write_text
-from vlkr.hashing import file_hash
+from vlkr.files import (
+    check_free,
+    differences,
+    exclusive,
+    flattened,
+    read_json,
+    read_yaml,
+    sha256_of,
+    write_json,
+    write_text,
+)
 from vlkr.models.classifier import ClassHead
 from vlkr.models.clip import ClipBundle
 from vlkr.models.loading import load_model
-from vlkr.nested import differences, flattened
 
+CHECKPOINT = Path("checkpoints", "last.ckpt")
 # Options that change how a run is computed and not what it learns.
 NEUTRAL = frozenset(
     {
@@ -203,7 +212,7 @@ class RunFolder:
             raise VlkrError(f"no run folder at {path}")
         config = path / "config.yaml"
         if not config.is_file() or not (path / "adapter").is_dir():
-            has_checkpoints = (path / "checkpoints").is_dir()
+            has_checkpoints = (path / CHECKPOINT.parent).is_dir()
             hint = "; `vlkr adapt --resume` continues it" if has_checkpoints else ""
             raise VlkrError(
                 f"{path} is not a finished run: expected config.yaml and adapter/ in it{hint}"
@@ -241,7 +250,7 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         """The checkpoint of the last epoch."""
-        return self.path / "checkpoints" / "last.ckpt"
+        return self.path / CHECKPOINT
 
     @property
     def log_dir(self) -> Path:
@@ -353,7 +362,7 @@ class RunFolder:
             self.path / "adapter" / "adapter_model.safetensors",
             self.path / "head.safetensors",
         )
-        return " ".join(file_hash(file)[:16] for file in files if file.is_file())
+        return " ".join(sha256_of(file)[:16] for file in files if file.is_file())
 
 
 def adapter_scale(bundle: ClipBundle) -> float:
