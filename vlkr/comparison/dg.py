@@ -25,7 +25,6 @@ from vlkr.comparison.running import (
     found_context,
     run_grid,
 )
-from vlkr.comparison.statistics import paired_bootstrap
 from vlkr.comparison.tables import (
     Difference,
     Table,
@@ -44,6 +43,7 @@ from vlkr.comparison.tables import (
 )
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
+from vlkr.reporting.statistics import paired_bootstrap
 
 VALIDATION = "(validation)"
 RULES = {

@@ -12,12 +12,13 @@ from typing import Any
 
 from rich.console import Console
 
-from vlkr.comparison.html import html_page
 from vlkr.comparison.outcomes import Collected, Result
 from vlkr.comparison.plan import slug
 from vlkr.comparison.tables import Difference, Table, failure_table
 from vlkr.evaluation.report import markdown_table, rich_table
 from vlkr.files import write_json, write_text
+from vlkr.reporting import table as reporting
+from vlkr.reporting.page import html_page
 
 #: draws a picture into a file.
 Draw = Callable[[Path], None]
@@ -118,7 +119,8 @@ def write_report(report: Report) -> None:
         path = output / "plots" / f"{picture.name}.png"
         picture.draw(path)
         pictures[picture.title] = path.read_bytes()
-    page = html_page(report.title, report.caption(), report.all_tables(), pictures)
+    tables = [reporting.Table.of(t.title, t.rows, t.note) for t in report.all_tables()]
+    page = html_page(report.title, report.caption(), tables, pictures)
     write_text(output / "report.html", page)
 
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlkr.comparison.outcomes import Collected, Outcome, Result
-from vlkr.comparison.statistics import Interval, combined_p, mcnemar, paired_bootstrap
 from vlkr.errors import VlkrError
+from vlkr.reporting.statistics import Interval, combined_p, mcnemar, paired_bootstrap
 
 Values = Callable[[Outcome], list[float]]
 

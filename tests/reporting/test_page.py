@@ -1,7 +1,6 @@
 """The page on its own, and in a browser where there is one."""
 
 import base64
-import html
 import io
 import json
 import re
@@ -12,8 +11,8 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from vlkr.comparison.html import html_page
-from vlkr.comparison.tables import Table
+from vlkr.reporting.page import html_page
+from vlkr.reporting.table import Table
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -61,7 +60,9 @@ def png():
 @pytest.fixture
 def page():
     rows = [[EVIL, "top-1 %"], ["lora", "9.5 ± 1"], [EVIL, "10.5"], ["probe", ""], ["full", "-2.0"]]
-    return html_page(EVIL, EVIL, [Table(EVIL, rows, EVIL), Table("second", rows)], {EVIL: png()})
+    return html_page(
+        EVIL, EVIL, [Table.of(EVIL, rows, EVIL), Table.of("second", rows)], {EVIL: png()}
+    )
 
 
 def test_everything_is_escaped_and_comes_back(page):
@@ -71,7 +72,6 @@ def test_everything_is_escaped_and_comes_back(page):
     assert found.tables[0][2] == [EVIL, "10.5"]
     assert found.pictures[0]["alt"] == EVIL
     assert EVIL not in page
-    assert html.escape(EVIL) in page
 
 
 def test_nothing_is_fetched(page):
