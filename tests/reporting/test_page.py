@@ -1,6 +1,7 @@
 """The page on its own, and in a browser where there is one."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -61,7 +62,7 @@ def png():
 def page():
     rows = [[EVIL, "top-1 %"], ["lora", "9.5 ± 1"], [EVIL, "10.5"], ["probe", ""], ["full", "-2.0"]]
     return html_page(
-        EVIL, EVIL, [Table.of(EVIL, rows, EVIL), Table.of("second", rows)], {EVIL: png()}
+        EVIL, EVIL, [Table(EVIL, rows[0], rows[1:], note) for note in (EVIL, "")], {EVIL: png()}
     )
 
 
@@ -153,7 +154,7 @@ def test_a_browser_shows_and_sorts(page, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 def test_a_browser_shows_every_table_and_plot_of_a_report(options, colors, tmp_path):
-    from vlkr.comparison.commands import compare
+    from grids import compare
 
     shifts = [str(colors.parent / name) for name in ("more", "two")]
     methods = ["zero-shot", "probe", "kradapter", "lora"]
@@ -162,7 +163,7 @@ def test_a_browser_shows_every_table_and_plot_of_a_report(options, colors, tmp_p
     )
     page = report.output / "report.html"
     look = looked_at(page.read_text(), tmp_path)
-    assert len(look["tables"]) == len(report.all_tables())
+    assert len(look["tables"]) == len(report.all_tables)
     assert all(
         rows > 0 and height > 40 and shown == "visible" for rows, height, shown in look["tables"]
     )
