@@ -6,7 +6,6 @@ import gc
 import importlib
 import inspect
 import json
-import os
 import re
 import shutil
 import signal
@@ -65,11 +64,11 @@ COMMANDS = {
         "adapt on one dataset, measure on others: what is gained and what forgotten",
     ),
     "export": Command(
-        "vlkr.export.export:export",
+        "vlkr.export.commands:export",
         "write a run's adapted model for open_clip, timm, transformers, ONNX, torch or peft",
     ),
     "predict": Command(
-        "vlkr.export.predict:predict", "classify images with an exported model", ("images",)
+        "vlkr.export.commands:predict", "classify images with an exported model", ("images",)
     ),
     "project": Command(
         "vlkr.training.project:project_fine_tune", "turn a full fine-tune into the nearest adapter"
@@ -247,6 +246,7 @@ def _run(name: str, arguments: list[str]) -> int:
     from rich.console import Console
 
     from vlkr.arguments import explain, kebab, named, normalise, plain, shipped_config
+    from vlkr.runtime import is_first_process
 
     module_name, function_name = COMMANDS[name].function.split(":")
     function = getattr(importlib.import_module(module_name), function_name)
@@ -289,7 +289,7 @@ def _run(name: str, arguments: list[str]) -> int:
     options.pop("config", None)
     as_json = options.pop("json")
     result = function(**options)
-    if not _is_first_process():
+    if not is_first_process():
         return 0
     if as_json:
         print(json.dumps(result.to_json(), indent=2))
@@ -297,9 +297,3 @@ def _run(name: str, arguments: list[str]) -> int:
         # As wide as the terminal, as $COLUMNS, or in a file as tables need.
         result.show(Console(width=shutil.get_terminal_size((160, 24)).columns))
     return int(getattr(result, "exit_code", 0))
-
-
-def _is_first_process() -> bool:
-    """Of those that compute side by side, each of which runs the whole command."""
-    ranks = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-    return all(os.environ.get(rank, "0") == "0" for rank in ranks)

@@ -5,18 +5,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from grids import dg
 from safetensors.numpy import load_file
 
-from vlkr.comparison.commands import dg
 from vlkr.comparison.dg import RULES, dg_plan
-from vlkr.comparison.options import GridOptions, MethodOptions
-from vlkr.comparison.outcomes import collect
+from vlkr.comparison.options import GridConfig, MethodConfig
+from vlkr.comparison.results import read_results
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.files import read_json, write_json
 
 DOMAINS = ["one", "three", "two"]
-METHODS = ["zero-shot", MethodOptions("kradapter", lrs=[1e-3, 3e-2]), "lora"]
+METHODS = ["zero-shot", MethodConfig("kradapter", lrs=[1e-3, 3e-2]), "lora"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def report(grid, tmp_path_factory):
 
 def plan_of(grid, selection):
     data = replace(grid["data"], test_fraction=0.2, val_fraction=0.0)
-    return dg_plan(GridOptions(**grid), data, DOMAINS, selection)
+    return dg_plan(GridConfig(**grid), data, DOMAINS, selection)
 
 
 def keys(dataset, split="test"):
@@ -76,8 +76,8 @@ def test_numbers_of_cells(grid):
 
 
 def test_table_is_that_of_the_predictions(report):
-    [table] = [t for t in report.tables if "one domain left out" in t.title]
-    assert table.rows[0] == ["test domain, top-1 %", "zero-shot", "kradapter", "lora"]
+    [table] = [t for t in report.all_tables if "one domain left out" in t.title]
+    assert table.header == ("test domain, top-1 %", "zero-shot", "kradapter", "lora")
     rows = {row[0]: row[3] for row in table.rows}
     each = []
     for domain in DOMAINS:
@@ -113,14 +113,14 @@ def test_rule_chooses_and_is_named(grid, tmp_path, selection):
         folder.mkdir(parents=True)
         found = {"weights_sha256": "0", "val_acc1": None, "results": results}
         write_json(folder / "result.json", found)
-    found = collect(plan, tmp_path)
-    chosen = [o.chosen.setting["lr"] for o in found.outcomes if o.entry.method == "kradapter"]
+    found = read_results(plan, tmp_path)
+    chosen = [o.chosen.setting["lr"] for o in found.selected if o.entry.method == "kradapter"]
     assert chosen == [3e-2] * 3
     assert found.plan.context["model selection"] == RULES[selection]
 
 
 def test_every_table_of_accuracies_names_the_rule(report):
-    for table in report.tables:
+    for table in report.all_tables:
         if table.title != "Cost":
             assert RULES["training-domain"] in table.note
     assert RULES["training-domain"] in report.caption()
@@ -129,7 +129,7 @@ def test_every_table_of_accuracies_names_the_rule(report):
 
 def test_training_domains_count_the_same_in_validation(report):
     """The mean over domains of the accuracy on their held-out images."""
-    outcome = next(o for o in report.collected.outcomes if o.entry.method == "kradapter")
+    outcome = next(o for o in report.results.selected if o.entry.method == "kradapter")
     for candidate, score in zip(outcome.entry.candidates, outcome.scores, strict=True):
         values = []
         for cell in candidate.cells:

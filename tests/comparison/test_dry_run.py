@@ -2,10 +2,10 @@
 
 import pytest
 import timm
+from grids import compare, dg, transfer
 from helpers import tree
 from safetensors.torch import save_file
 
-from vlkr.comparison.commands import compare, dg, transfer
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 
@@ -18,20 +18,20 @@ def test_sizes_are_those_that_the_cells_have(options, tmp_path):
     header, *rows = planned.rows
     rows = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
     total = 0
-    for outcome in report.collected.outcomes:
+    for outcome in report.results.selected:
         row = rows[outcome.entry.method]
         result = outcome.results[0]
-        assert int(row["parameters"].replace(",", "")) == result.found["parameters"]
+        assert int(row["parameters"].replace(",", "")) == result.record["parameters"]
         assert int(row["measured images"]) == result.sets["colors"]["images"]
         assert int(row["cells"]) == len(outcome.results)
-        log = result.folder / "run" / "logs" / "csv" / "metrics.csv"
+        log = result.folder.run / "logs" / "csv" / "metrics.csv"
         if log.is_file():
             lines = log.read_text().splitlines()
             column = lines[0].split(",").index("step")
             steps = 1 + max(int(line.split(",")[column]) for line in lines[1:])
             assert int(row["steps a cell"]) == steps
             total += steps * len(outcome.results)
-            split = (result.folder / "run" / "split.jsonl").read_text()
+            split = (result.folder.run / "split.jsonl").read_text()
             assert int(row["training images"]) == split.count('"train"')
         else:
             assert row["steps a cell"] == "0"
@@ -45,9 +45,9 @@ def test_class_embeddings_that_are_learnt_are_counted(options, tmp_path):
     model = {"model": "timm:test_vit", "pretrained": str(tmp_path / "weights.safetensors")}
     options = options | model | {"methods": ["lora"], "seeds": [1]}
     planned = compare(tmp_path / "out", dry_run=True, **options)
-    [outcome] = compare(tmp_path / "out", **options).collected.outcomes
+    [outcome] = compare(tmp_path / "out", **options).results.selected
     row = dict(zip(*planned.rows[:2], strict=True))
-    assert int(row["parameters"].replace(",", "")) == outcome.results[0].found["parameters"]
+    assert int(row["parameters"].replace(",", "")) == outcome.results[0].record["parameters"]
 
 
 def test_steps_per_shot_spreads_them_over_the_epochs(options, tmp_path):

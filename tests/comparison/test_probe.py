@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from grids import compare
 from safetensors.numpy import load_file
 from sklearn.linear_model import LogisticRegression
 
-from vlkr.comparison.commands import compare
-from vlkr.comparison.probe import STRENGTHS, fit_probe, probe_logits
+from vlkr.comparison.cell import STRENGTHS, fit_probe, probe_logits
 from vlkr.datasets import few_shot_split
 from vlkr.datasets.samples import View
 from vlkr.errors import VlkrError
@@ -94,5 +94,5 @@ def test_unknown_classes_are_refused(options, colors, tmp_path):
         (other / name).mkdir(parents=True)
         for path in (colors / "red").iterdir():
             (other / name / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(VlkrError, match="has not learnt class 'violet' of 'other'"):
+    with pytest.raises(VlkrError, match="has not learned class 'violet' of 'other'"):
         compare(tmp_path / "out", shifts=[str(other)], methods=["probe"], **options)

@@ -3,12 +3,12 @@ import re
 import pytest
 
 from vlkr.comparison.report import latex
-from vlkr.comparison.tables import Table, p_value, spread
+from vlkr.comparison.tables import Table, mean_std, p_value
 
 
 def test_latex_is_booktabs_and_escaped():
     rows = [["a_b", "top-1 %"], ["x & y", "94.1 ± 0.3"], [r"\{~^", "<0.001"]]
-    text = latex([Table("50 % of #1", rows, "a_b")], "model $tiny$")
+    text = latex([Table("50 % of #1", tuple(rows[0]), rows[1:], "a_b")], "model $tiny$")
     lines = text.splitlines()
     assert lines[0] == "% model $tiny$"
     assert r"\caption{50 \% of \#1. a\_b.}" in lines
@@ -29,4 +29,4 @@ def test_p_values(p, text):
 
 
 def test_spread_of_other_units():
-    assert spread([1.0, 2.0], scale=1, digits=2) == "1.50 ± 0.71"
+    assert mean_std([1.0, 2.0], scale=1, digits=2) == "1.50 ± 0.71"

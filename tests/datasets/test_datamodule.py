@@ -296,7 +296,9 @@ def test_processes_share_the_images(tmp_path, processes, memory_gb):
         loader = data.train_dataloader()
         steps.add(len(loader))
         train.update(keys_of(loader))
-        with mock.patch("vlkr.datasets.pipelines.process_place", return_value=(rank, processes)):
+        with mock.patch.multiple(
+            "vlkr.datasets.pipelines", rank=lambda rank=rank: rank, world_size=lambda: processes
+        ):
             val.update(keys_of(data.val_dataloader()))
     assert len(steps) == 1
     assert set(train) == {s.key for s in data.split.train}

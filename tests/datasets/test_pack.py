@@ -20,10 +20,10 @@ from vlkr.datasets import DataOptions, Dataset, few_shot_split, load_dataset
 from vlkr.datasets import pack as pack_module
 from vlkr.datasets.images import shrink
 from vlkr.datasets.pack import pack
-from vlkr.datasets.parallel import parallel_map, runs
 from vlkr.datasets.samples import Sample
 from vlkr.datasets.shards import tar_fields
 from vlkr.errors import VlkrError
+from vlkr.runtime import interleave_jobs, parallel_map
 
 
 def facts(dataset):
@@ -406,7 +406,7 @@ def test_parallel_map_is_map(workers):
 @pytest.mark.parametrize("workers", [0, 1, 2, 3, 5])
 @pytest.mark.parametrize("count", range(8))
 def test_runs_are_consecutive_on_each_worker(count, workers):
-    order = runs(list(range(count)), workers)
+    order = interleave_jobs(list(range(count)), workers)
     assert sorted(order) == list(range(count))
     workers = min(max(workers, 1), max(count, 1))
     for worker in range(workers):

@@ -287,7 +287,9 @@ def share_keys(source, rank, processes, worker, workers):
     info = mock.Mock(id=worker, num_workers=workers)
     with (
         mock.patch("vlkr.datasets.pipelines.get_worker_info", return_value=info),
-        mock.patch("vlkr.datasets.pipelines.process_place", return_value=(rank, processes)),
+        mock.patch.multiple(
+            "vlkr.datasets.pipelines", rank=lambda: rank, world_size=lambda: processes
+        ),
         mock.patch("vlkr.datasets.pipelines.decode_image", return_value=None),
     ):
         stream = SampleStream(source, lambda image: torch.zeros(3, 1, 1), BadSamples())

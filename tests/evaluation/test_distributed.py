@@ -13,9 +13,9 @@ from helpers import write_images, write_shards
 
 from vlkr.datasets import load_dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation.distributed import gather, processes, rank, world_size
 from vlkr.evaluation.runs import load_run
 from vlkr.evaluation.zero_shot import evaluate_bundle
+from vlkr.runtime import gather, processes, rank, world_size
 
 OPTIONS = ({}, {"batch_size": 5}, {"batch_size": 3, "num_workers": 2}, {"cache": True})
 

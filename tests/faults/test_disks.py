@@ -10,9 +10,9 @@ import torch
 from filelock import FileLock
 from helpers import small_run, tree, write_images
 
+from vlkr.config import TrainerConfig
 from vlkr.errors import VlkrError
 from vlkr.files import atomic_file, atomic_folder, check_free, exclusive, write_text
-from vlkr.training.options import TrainerOptions
 
 pytestmark = pytest.mark.faults
 
@@ -192,7 +192,7 @@ def test_a_stale_lock_keeps_nobody_out(tmp_path, small, colors, case):
         lock.acquire()
         lock.release()
         (run / ".lock").touch()
-        trainer = TrainerOptions(epochs=1, accelerator="cpu", progress=False)
+        trainer = TrainerConfig(epochs=1, accelerator="cpu", progress=False)
         small_run(run, small, colors, trainer=trainer)
 
 

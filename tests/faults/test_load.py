@@ -19,7 +19,7 @@ from PIL import Image
 from vlkr.cli import main
 from vlkr.comparison.engine import run_cells
 from vlkr.comparison.plan import Cell
-from vlkr.comparison.results import CONFIG, RESULT
+from vlkr.comparison.results import CellFolder
 from vlkr.evaluation.zero_shot import _TEXTS_AT_A_TIME
 from vlkr.files import read_json, write_json
 from vlkr.models.loading import load_model
@@ -249,10 +249,10 @@ def test_a_thousand_finished_cells(loaded, small, colors, tmp_path, case):
         original = real[cell.adapter.name]
         if folder != original:
             shutil.copytree(original, folder)
-        write_json(folder / CONFIG, {"hash": cell.hash, "cell": cell.to_json()})
-        found = read_json(original / RESULT)
+        write_json(CellFolder(folder).config, {"hash": cell.hash, "cell": cell.to_json()})
+        found = read_json(CellFolder(original).result)
         score = 0.5 + 0.4 * (cell.optimizer.lr == best)
-        write_json(folder / RESULT, {**found, "hash": cell.hash, "val_acc1": score})
+        write_json(CellFolder(folder).result, {**found, "hash": cell.hash, "val_acc1": score})
     with case("load: 1,000 finished cells"):
         taken = loaded("command", *arguments, "--jobs=0")
         case.figure(

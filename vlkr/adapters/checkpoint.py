@@ -20,8 +20,8 @@ from vlkr.adapters.linear import Slot
 from vlkr.adapters.registry import adapter_class, check_options, registered_name
 from vlkr.adapters.targets import Target
 from vlkr.errors import VlkrError
-from vlkr.files import atomic_folder, read_json, write_json, write_text
-from vlkr.hashing import file_hash, json_hash, weights_hash
+from vlkr.files import atomic_folder, json_sha256, read_json, sha256_of, write_json, write_text
+from vlkr.hashing import weights_hash
 from vlkr.version import __version__
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -87,8 +87,8 @@ def save_adapter(
             safetensors.torch.save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:
             raise VlkrError(f"cannot write {folder}: {error}") from error
-        config["model_sha256"] = file_hash(temporary / _WEIGHTS)
-        write_json(temporary / _CONFIG, {**config, "config_sha256": json_hash(config)})
+        config["model_sha256"] = sha256_of(temporary / _WEIGHTS)
+        write_json(temporary / _CONFIG, {**config, "config_sha256": json_sha256(config)})
         write_text(temporary / "README.md", _card(config, sum(t.numel() for t in tensors.values())))
 
 
@@ -149,13 +149,13 @@ def load_adapter(
 def _check_hashes(config: dict[str, Any], folder: Path) -> None:
     """Names the file that is not as it was written."""
     own = {key: value for key, value in config.items() if key != "config_sha256"}
-    if config.get("config_sha256") != json_hash(own):
+    if config.get("config_sha256") != json_sha256(own):
         raise VlkrError(
             f"{folder / _CONFIG} is damaged or was changed: its config_sha256 is not that of its "
             "other entries"
         )
     try:
-        found = file_hash(within(folder, _WEIGHTS))
+        found = sha256_of(within(folder, _WEIGHTS))
     except OSError as error:
         raise VlkrError(f"cannot read {folder / _WEIGHTS}: {error.strerror}") from error
     if found != config.get("model_sha256"):

@@ -83,7 +83,7 @@ def approximate(
     from vlkr.approximation.report import Approximation, joined, write_report
     from vlkr.approximation.targets import DEFAULT_TARGETS, weight_targets
     from vlkr.functional import decompose
-    from vlkr.models.clip import pick_device
+    from vlkr.runtime import pick_device
 
     _check(out_features, in_features, num_terms, seeds, iterations, lr)
     if output is not None:

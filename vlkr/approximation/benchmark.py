@@ -7,8 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from vlkr.adapters.base import Adapter
@@ -19,6 +17,7 @@ from vlkr.approximation.report import Row
 from vlkr.approximation.targets import target_maker
 from vlkr.errors import VlkrError
 from vlkr.functional import Decomposition, decompose
+from vlkr.runtime import progress_bar
 
 #: on a CPU, seeds of larger matrices are faster one after the other: their temporaries stay cached.
 BATCHED_NUMEL = 2**16
@@ -83,7 +82,7 @@ def in_threads(
     """Runs jobs side by side, each in one thread: faster than threads within operations."""
     jobs = list(jobs)
     with (
-        Progress(console=Console(stderr=True), transient=True) as progress,
+        progress_bar() as progress,
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         task = progress.add_task(title, total=len(jobs))

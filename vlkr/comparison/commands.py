@@ -6,14 +6,9 @@ Heavy imports wait until one of them runs, so that help is quick.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from vlkr.comparison.options import GridOptions
-
-if TYPE_CHECKING:
-    from vlkr.comparison.running import Found
-
-Selection = Literal["training-domain", "leave-one-domain-out", "oracle"]
+from vlkr.comparison.options import GridConfig, Selection
 
 
 def compare(
@@ -23,7 +18,7 @@ def compare(
     shots: list[int] | None = None,
     spectra: bool = False,
     **grid: Any,
-) -> Found:
+) -> Any:
     """Compares methods at home and under shift, with the uncertainty of their differences.
 
     Every cell of the grid is a folder of its own; finished ones are skipped when the command is
@@ -37,7 +32,7 @@ def compare(
         shifts: datasets that shift the home dataset's domain; those of its card by default.
         shots: training images a class; ``data.shots`` by default.
         spectra: also show the spectra of what the adapters of the largest shots have learned.
-        **grid: options of :class:`~vlkr.comparison.options.GridOptions`.
+        **grid: options of :class:`~vlkr.comparison.options.GridConfig`.
 
     Raises:
         VlkrError: for any option that does not make sense, before anything is written; or if no
@@ -45,7 +40,9 @@ def compare(
     """
     from vlkr.comparison.compare import run_compare
 
-    return run_compare(GridOptions(**grid), output, datasets, shifts, shots, spectra)
+    return run_compare(
+        GridConfig(**grid), output, datasets=datasets, shifts=shifts, shots=shots, spectra=spectra
+    )
 
 
 def dg(
@@ -53,7 +50,7 @@ def dg(
     selection: Selection = "training-domain",
     holdout: float = 0.2,
     **grid: Any,
-) -> Found:
+) -> Any:
     """Domain generalization: adapts to all domains but one, and tests on that one, in turn.
 
     As in DomainBed (Gulrajani and Lopez-Paz, 2021, arXiv 2007.01434): a part of every domain is
@@ -67,7 +64,7 @@ def dg(
             ``leave-one-domain-out`` by every training domain in turn, left out of training too;
             ``oracle`` by the held-out images of the test domain.
         holdout: part of each domain that is held out, of trees without splits of their own.
-        **grid: options of :class:`~vlkr.comparison.options.GridOptions`; ``data.root`` is a tree
+        **grid: options of :class:`~vlkr.comparison.options.GridConfig`; ``data.root`` is a tree
             ``<domain>/<class>/<image>``, and ``data.domains`` names some of its domains.
 
     Raises:
@@ -76,7 +73,7 @@ def dg(
     """
     from vlkr.comparison.dg import run_dg
 
-    return run_dg(GridOptions(**grid), output, selection, holdout)
+    return run_dg(GridConfig(**grid), output, selection=selection, holdout=holdout)
 
 
 def transfer(
@@ -84,7 +81,7 @@ def transfer(
     run: list[Path] | None = None,
     datasets: list[str] | None = None,
     **grid: Any,
-) -> Found:
+) -> Any:
     """Adapts to one dataset and measures on it and on others, zero-shot before and adapted after.
 
     The others show what is gained under shift (ImageNet -> V2, A, R, Sketch, ObjectNet, each with
@@ -97,11 +94,11 @@ def transfer(
         run: folders written by ``vlkr adapt``, all on one dataset; nothing is trained then.
         datasets: cards' names or folders to measure on beside the one adapted to; by default the
             shifts of its card.
-        **grid: options of :class:`~vlkr.comparison.options.GridOptions`; ``data`` is adapted to.
+        **grid: options of :class:`~vlkr.comparison.options.GridConfig`; ``data`` is adapted to.
 
     Raises:
         VlkrError: for any option that does not make sense, before anything is written.
     """
     from vlkr.comparison.transfer import run_transfer
 
-    return run_transfer(GridOptions(**grid), output, run, datasets)
+    return run_transfer(GridConfig(**grid), output, runs=run, datasets=datasets)

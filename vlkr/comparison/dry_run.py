@@ -1,4 +1,4 @@
-"""What a grid would compute: cells, images, parameters and steps, without computing any."""
+"""The size of a grid: cells, images, parameters and steps, without computing any."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from torch import nn
 from vlkr.adapters import find_targets, match_budget
 from vlkr.adapters.registry import adapter_class
 from vlkr.adapters.targets import bias_targets
-from vlkr.comparison.plan import PROBE, Cell, Plan
+from vlkr.comparison.plan import Cell, Plan
 from vlkr.datasets import DataOptions, Dataset
 from vlkr.errors import VlkrError
 from vlkr.evaluation.report import rich_table
-from vlkr.models.loading import load_shapes
 
 UNKNOWN = "unknown"
-_MOST_REASONS = 3
+_MAX_REASONS = 3
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,11 @@ class DryRun:
 
     Attributes:
         plan: of the grid.
-        rows: the table.
-        cells: number of them.
-        steps: of training, all cells together; None where a dataset is not at hand.
-        missing: datasets and models that are not at hand, and why; the sizes of a dataset are
-            then its card's.
+        rows: the table, its header first.
+        cells: number of cells.
+        steps: training steps of all cells together; None where a dataset is missing.
+        missing: datasets and models that cannot be read, and why; the sizes of a dataset are then
+            its card's.
     """
 
     plan: Plan
@@ -62,7 +61,7 @@ class DryRun:
         console.print(f"{self.cells} cells, {steps} training steps in all", highlight=False)
         context = ", ".join(f"{key} {value}" for key, value in self.plan.context.items())
         console.print(context, style="dim", highlight=False, markup=False)
-        if len(self.missing) > _MOST_REASONS:
+        if len(self.missing) > _MAX_REASONS:
             text = f"not at hand: {', '.join(self.missing)} (--json tells why)"
             console.print(text, highlight=False, markup=False)
             return
@@ -71,7 +70,7 @@ class DryRun:
 
 
 def dry_run(plan: Plan) -> DryRun:
-    """Sizes a plan. Of data that is not at hand the card tells, or nothing does."""
+    """Sizes a plan, from its data or else from the data's card."""
     sizes = _Sizes()
     cells = {cell.id: cell for cell in plan.cells}
     header = ["method", "cells", "parameters", "training images", "steps a cell"]
@@ -101,7 +100,7 @@ def dry_run(plan: Plan) -> DryRun:
 
 
 def _span(values: list[int | None]) -> str:
-    """One number, or the least and the largest.
+    """One number, or the smallest and the largest.
 
     >>> _span([10, 1000, 10]), _span([None])
     ('10 to 1,000', 'unknown')
@@ -136,12 +135,14 @@ class _Sizes:
         about = {**asdict(data), "shots": 1, "min_steps_per_epoch": 1}
         key = json.dumps(about, sort_keys=True, default=str)
         name = str(data.root or data.name)
-        found: Dataset | None = self._once(key, name, data.load, data.described)
-        return found
+        dataset: Dataset | None = self._once(key, name, data.load, data.described)
+        return dataset
 
     def model(self, name: str) -> nn.Module | None:
-        found: nn.Module | None = self._once(f"model {name}", name, lambda: load_shapes(name))
-        return found
+        from vlkr.models.loading import load_shapes  # imports open_clip
+
+        model: nn.Module | None = self._once(f"model {name}", name, lambda: load_shapes(name))
+        return model
 
     def images(self, data: DataOptions, split: str) -> int | None:
         dataset = self.dataset(data)
@@ -161,13 +162,13 @@ class _Sizes:
             return None if images is None else round(cell.data.fraction * images)
         groups = max(1, len(dataset.domains)) if cell.data.per_domain else 1
         wanted = cell.data.shots * len(dataset.class_names) * groups
-        there = self.images(cell.data, "train")
-        return wanted if there is None else min(wanted, there)
+        available = self.images(cell.data, "train")
+        return wanted if available is None else min(wanted, available)
 
     def steps(self, cell: Cell) -> int | None:
-        """Of the optimizer: batches over the epochs, as the sampler cuts them."""
+        """Optimizer steps: batches over the epochs, as the sampler cuts them."""
         images = self.train_images(cell)
-        if images == 0 or cell.kind == PROBE:
+        if images == 0 or cell.kind == "probe":
             return 0
         if images is None:
             return None
@@ -175,7 +176,7 @@ class _Sizes:
         return cell.trainer.epochs * math.ceil(batches / cell.trainer.accumulate_grad_batches)
 
     def measured(self, cell: Cell) -> int | None:
-        numbers = [self.images(chosen.data, chosen.split) for chosen in cell.sets]
+        numbers = [self.images(eval_set.data, eval_set.split) for eval_set in cell.sets]
         return None if None in numbers else sum(number or 0 for number in numbers)
 
     def parameters(self, cell: Cell) -> int | None:
@@ -184,7 +185,7 @@ class _Sizes:
         model = self.model(cell.model)
         if model is None:
             return None
-        if cell.kind == PROBE:
+        if cell.kind == "probe":
             return self._classifier(cell, model, bias=1)
         adapter, options = cell.adapter, dict(cell.adapter.options)
         key = json.dumps([cell.model, asdict(adapter), dict(cell.match_options)], sort_keys=True)
@@ -208,14 +209,14 @@ class _Sizes:
                 cls.num_parameters(t.in_features, t.out_features, **options) for t in targets
             )
 
-        found: int | None = self._once(key, adapter.name, count)
-        if found is None or hasattr(model, "encode_text"):
-            return found
-        learnt = self._classifier(cell, model, bias=0)
-        return None if learnt is None else found + learnt
+        number: int | None = self._once(key, adapter.name, count)
+        if number is None or hasattr(model, "encode_text"):
+            return number
+        learned = self._classifier(cell, model, bias=0)
+        return None if learned is None else number + learned
 
     def _classifier(self, cell: Cell, model: nn.Module, bias: int) -> int | None:
-        """Parameters of a linear classifier on image features, ``bias`` of them a class."""
+        """Parameters of a linear classifier on image features, ``bias`` of them per class."""
         dataset, width = self.dataset(cell.data), _embed_dim(model)
         if dataset is None or width is None:
             return None

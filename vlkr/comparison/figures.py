@@ -12,34 +12,33 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vlkr.comparison.outcomes import Collected
-from vlkr.comparison.plan import ZERO_SHOT
+from vlkr.comparison.plan import Place
+from vlkr.comparison.results import GridResults
 from vlkr.evaluation.plots import plot_reliability, save_figure
 from vlkr.evaluation.report import DatasetResult, ReliabilityBin
 
-#: a method's values in a place, one a seed.
-At = Callable[[str, dict[str, Any]], list[float]]
+#: a method's values in a place, one per seed.
+At = Callable[[str, Place], list[float]]
 
 
-def colors(collected: Collected) -> dict[str, Any]:
-    """A colour a method; gray for zero-shot."""
+def colors(results: GridResults) -> dict[str, Any]:
+    """A color per method; gray for zero-shot."""
     palette = matplotlib.colormaps["tab10"]
-    found: dict[str, Any] = {}
-    for method in collected.methods:
-        kinds = {
-            r.cell.kind for o in collected.outcomes if o.entry.method == method for r in o.results
-        }
-        found[method] = "#9a9a9a" if kinds == {ZERO_SHOT} else palette(len(found) % 10)
-    return found
+    by_method: dict[str, Any] = {}
+    for method in results.methods:
+        kinds = {r.cell.kind for runs in results.of_method(method) for r in runs.results}
+        is_zero_shot = kinds == {"zero-shot"}
+        by_method[method] = "#9a9a9a" if is_zero_shot else palette(len(by_method) % 10)
+    return by_method
 
 
 def plot_over_shots(
-    collected: Collected, shots: Sequence[int], panels: Mapping[str, At], path: Path
+    results: GridResults, shots: Sequence[int], panels: Mapping[str, At], path: Path
 ) -> None:
     """Top-1 accuracy over shots: a line a method, a band of one standard deviation over seeds.
 
     Args:
-        collected: the grid's outcomes.
+        results: of the grid.
         shots: on the x axis.
         panels: title and what to show there.
         path: of the PNG.
@@ -47,7 +46,7 @@ def plot_over_shots(
     figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, at) in zip(grid, panels.items(), strict=True):
-        for method, color in colors(collected).items():
+        for method, color in colors(results).items():
             points = [(s, v) for s in shots if (v := at(method, {"shots": s}))]
             x = [s for s, _ in points]
             mean = [100 * statistics.mean(v) for _, v in points]
@@ -68,8 +67,8 @@ def plot_over_shots(
 
 
 def plot_home_against_shift(
-    collected: Collected,
-    places: Sequence[dict[str, Any]],
+    results: GridResults,
+    places: Sequence[Place],
     home: At,
     shift: At,
     labels: tuple[str, str],
@@ -78,7 +77,7 @@ def plot_home_against_shift(
     """Accuracy at home against that under shift: a point a place, a line through a method's."""
     figure = Figure(figsize=(5.2, 4.6), layout="constrained")
     axes = figure.subplots()
-    for method, color in colors(collected).items():
+    for method, color in colors(results).items():
         pairs = [(home(method, place), shift(method, place)) for place in places]
         means = [[100 * statistics.mean(v) for v in pair] for pair in pairs if all(pair)]
         points = list(dict.fromkeys(map(tuple, means)))
@@ -96,12 +95,12 @@ def plot_home_against_shift(
 
 
 def plot_bars(
-    collected: Collected, rows: Mapping[str, Callable[[str], list[float]]], path: Path
+    results: GridResults, rows: Mapping[str, Callable[[str], list[float]]], path: Path
 ) -> None:
     """Bars of top-1 accuracy, a group a row, a colour a method, whiskers over seeds."""
     figure = Figure(figsize=(max(6.0, 1.2 * len(rows) + 2), 4), layout="constrained")
     axes = figure.subplots()
-    shown = colors(collected)
+    shown = colors(results)
     width = 0.84 / len(shown)
     for i, (method, color) in enumerate(shown.items()):
         offset = (i - (len(shown) - 1) / 2) * width
@@ -124,24 +123,24 @@ def plot_bars(
     save_figure(figure, path)
 
 
-def plot_calibration(collected: Collected, place: dict[str, Any], name: str, path: Path) -> None:
-    """A reliability diagram a method with results, on one set, each with its first seed."""
-    results = []
-    for method in collected.methods:
-        outcome = collected.at(method, place)
-        if outcome is not None:
-            found = outcome.results[0].sets[name]
-            results.append(
+def plot_calibration(results: GridResults, place: Place, name: str, path: Path) -> None:
+    """A reliability diagram per method with results, on one set, each with its first seed."""
+    diagrams = []
+    for method in results.methods:
+        runs = results.at(method, place)
+        if runs is not None:
+            record = runs.results[0].sets[name]
+            diagrams.append(
                 DatasetResult(
                     f"{method} on {name}",
-                    found["split"],
-                    found["images"],
-                    found["templates"],
-                    found["metrics"],
-                    reliability=[ReliabilityBin(**part) for part in found["reliability"]],
+                    record["split"],
+                    record["images"],
+                    record["templates"],
+                    record["metrics"],
+                    reliability=[ReliabilityBin(**part) for part in record["reliability"]],
                 )
             )
-    plot_reliability(results, path)
+    plot_reliability(diagrams, path)
 
 
 def _plain(axes: Axes) -> None:

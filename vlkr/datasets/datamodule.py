@@ -19,7 +19,6 @@ from vlkr.datasets.pipelines import (
     FewShotImages,
     collate,
     evaluation_loader,
-    process_place,
 )
 from vlkr.datasets.registry import Dataset
 from vlkr.datasets.samples import Joined, Sample, Source, View, good_samples, shuffled_by_hash
@@ -36,6 +35,7 @@ from vlkr.datasets.transforms import (
     Transform,
     without_normalization,
 )
+from vlkr.runtime import rank, world_size
 
 
 class FewShotDataModule(L.LightningDataModule):
@@ -187,7 +187,7 @@ class FewShotDataModule(L.LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         trainer = self.trainer
-        return (trainer.global_rank, trainer.world_size) if trainer else process_place()
+        return (trainer.global_rank, trainer.world_size) if trainer else (rank(), world_size())
 
 
 class _Counted:

@@ -17,12 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vlkr.datasets.images import decode_image, image_extension
-from vlkr.datasets.pack import progress_bar
-from vlkr.datasets.parallel import parallel_map
 from vlkr.datasets.registry import Dataset, load_dataset
 from vlkr.datasets.samples import BadSample, Sample, Source, good_samples, unit_hash
 from vlkr.errors import VlkrError
 from vlkr.files import atomic_file
+from vlkr.runtime import parallel_map, progress_bar
 
 _TILE, _MARGIN, _TEXT = 96, 4, 14
 _MOST_ROWS, _COLUMNS = 24, 8

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
+from rich.progress import Progress
 
 from vlkr.datasets.images import check_format, shrink
-from vlkr.datasets.parallel import parallel_map, runs, sha256
 from vlkr.datasets.registry import Dataset, load_dataset
 from vlkr.datasets.samples import BadSample, Sample, Source, good_samples, shuffled_by_hash
 from vlkr.datasets.shards import tar_fields
 from vlkr.errors import VlkrError
-from vlkr.files import atomic_file, check_free, read_json, write_json, write_text
+from vlkr.files import atomic_file, check_free, read_json, sha256_of, write_json, write_text
+from vlkr.runtime import interleave_jobs, parallel_map, progress_bar
 
 MANIFEST = "manifest.json"
 FORMAT = "vlkr shards 1"
@@ -142,7 +142,7 @@ def pack(
             write_json(dest / _PARTIAL, {"digest": digest.hexdigest(), "shards": finished})
 
         note()  # ahead of the first shard, or a folder with that alone would not be ours
-        for name, entry in parallel_map(writer, runs(left, num_workers), num_workers):
+        for name, entry in parallel_map(writer, interleave_jobs(left, num_workers), num_workers):
             finished[name] = entry
             bad[unread:] = [
                 line for job in jobs for line in finished.get(job.name, {}).get("bad", ())
@@ -159,15 +159,6 @@ def _check_bad(bad: Sequence[str], max_bad: int) -> None:
         raise VlkrError(
             f"more than {max_bad} bad samples; the last: {bad[max_bad]}" if max_bad else bad[0]
         )
-
-
-def progress_bar() -> Progress:
-    """On stderr, with counts."""
-    columns = Progress.get_default_columns()
-    console = Console(stderr=True)
-    return Progress(
-        *columns[:2], MofNCompleteColumn(), columns[-1], console=console, transient=True
-    )
 
 
 class _Job(NamedTuple):
@@ -302,7 +293,7 @@ class _Writer:
                         member.size = len(content)
                         archive.addfile(member, io.BytesIO(content))
                     entry["samples"] += 1
-            entry |= {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
+            entry |= {"bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
         self.split, self.position = job.split, job.stop
         return job.name, entry | ({"bad": bad} if bad else {})
 
@@ -320,7 +311,7 @@ def _finished(dest: Path, digest: str) -> dict[str, dict[str, Any]]:
     return {
         name: entry
         for name, entry in shards.items()
-        if (dest / name).is_file() and sha256(dest / name) == entry["sha256"]
+        if (dest / name).is_file() and sha256_of(dest / name) == entry["sha256"]
     }
 
 

@@ -22,7 +22,6 @@ from torch.utils.data import (
 )
 
 from vlkr.datasets.images import decode_image as decode_image
-from vlkr.datasets.parallel import without_traceback
 from vlkr.datasets.samples import BadSample, Sample, Source, good_samples, worker_shard
 from vlkr.datasets.transforms import (
     PixelTransform,
@@ -33,6 +32,7 @@ from vlkr.datasets.transforms import (
     without_normalization,
 )
 from vlkr.errors import VlkrError
+from vlkr.runtime import rank, without_traceback, world_size
 
 
 class Batch(NamedTuple):
@@ -254,13 +254,13 @@ class SampleStream(IterableDataset[Item]):
         self.source = source
         self.transform = without_normalization(transform)
         self.bad = bad
-        self.place = process_place()
+        self.place = rank(), world_size()
 
     def __iter__(self) -> Iterator[Item]:
         worker = get_worker_info()
-        rank, processes = self.place
+        place, processes = self.place
         workers = worker.num_workers if worker else 1
-        index = rank * workers + (worker.id if worker else 0)
+        index = place * workers + (worker.id if worker else 0)
         samples = worker_shard(self.source, index, processes * workers)
         for sample in good_samples(samples, self.bad.add):
             image = decode_image(sample)
@@ -268,14 +268,6 @@ class SampleStream(IterableDataset[Item]):
                 self.bad.add(image)
                 continue
             yield Item(self.transform(image), sample.label, sample.key, sample.domain)
-
-
-def process_place() -> tuple[int, int]:
-    """Rank of this process and number of processes, 0 and 1 where torch.distributed is not up."""
-    import torch.distributed as dist
-
-    together = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
 
 class EvaluationLoader(DataLoader[Batch]):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import multiprocessing
 import os
 import random
 import re
@@ -28,12 +27,12 @@ from typing import Any, BinaryIO, Protocol
 from urllib.parse import quote, unquote, urlsplit
 
 from huggingface_hub import get_token, hf_hub_url
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import DownloadColumn
 
 from vlkr.caching import MissingError, default_cache
 from vlkr.errors import VlkrError
+from vlkr.runtime import progress_bar
 from vlkr.version import __version__
 
 _MIB = 2**20
@@ -116,10 +115,7 @@ class RemoteRoot(_CachedRoot):
         return self.pattern.replace("{path}", quote(path))
 
     def _fetch(self, path: str, target: Path, on_size: OnBytes) -> str:
-        console = Console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
-        is_silent = not console.is_terminal or multiprocessing.parent_process() is not None
-        progress = Progress(*columns, console=console, transient=True, disable=is_silent)
+        progress = progress_bar(DownloadColumn())
         task = progress.add_task(escape(path))
 
         def begin(size: int) -> None:

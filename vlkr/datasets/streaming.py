@@ -11,11 +11,11 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlkr.datasets.images import decode_image
-from vlkr.datasets.parallel import without_traceback
 from vlkr.datasets.pipelines import BadSamples, Batch, EpochSampler, Item, collate, transformed
 from vlkr.datasets.samples import BadSample, Sample, Source, good_samples, unit_hash
 from vlkr.datasets.transforms import TrainTransform, Transform, to_tensor
 from vlkr.errors import VlkrError
+from vlkr.runtime import without_traceback
 
 _LANES = 8
 """Streams that an epoch's batches are taken from in turn; so many workers share the reading."""

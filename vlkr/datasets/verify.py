@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from vlkr.datasets.images import decode_image
-from vlkr.datasets.pack import FORMAT, MANIFEST, progress_bar
-from vlkr.datasets.parallel import parallel_map, sha256
+from vlkr.datasets.pack import FORMAT, MANIFEST
 from vlkr.datasets.registry import load_dataset
 from vlkr.datasets.samples import BadSample, Source
 from vlkr.errors import VlkrError
-from vlkr.files import read_json
+from vlkr.files import read_json, sha256_of
+from vlkr.runtime import parallel_map, progress_bar
 
 
 @dataclass
@@ -152,7 +152,7 @@ def _check(job: _Job) -> _Checked:
     keys: list[str] = []
     problems: list[str] = []
     try:
-        if job.path is not None and sha256(job.path) != job.expected.get("sha256"):
+        if job.path is not None and sha256_of(job.path) != job.expected.get("sha256"):
             problems.append(f"{job.path} is not the file of the manifest, its checksum differs")
         for sample in job.shard:
             checked = sample if isinstance(sample, BadSample) else decode_image(sample)

@@ -66,7 +66,6 @@ def evaluate(
         VlkrError: for a model, run or dataset that cannot be read.
     """
     from vlkr.datasets import DataOptions, load_dataset
-    from vlkr.evaluation.distributed import processes, rank
     from vlkr.evaluation.outputs import write_evaluation
     from vlkr.evaluation.robustness import (
         Reference,
@@ -76,6 +75,7 @@ def evaluate(
     from vlkr.evaluation.runs import home_and_shifts, load_run, run_context, run_dataset
     from vlkr.evaluation.zero_shot import evaluate_bundle
     from vlkr.models.loading import load_model
+    from vlkr.runtime import processes, rank
 
     if (model is None) == (run is None):
         both = "" if model is None else ", not both"

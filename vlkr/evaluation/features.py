@@ -17,13 +17,12 @@ from vlkr.adapters import merged
 from vlkr.adapters.inject import hosts
 from vlkr.caching import cached_tensors
 from vlkr.datasets import Dataset, Source
-from vlkr.datasets.parallel import check_num_workers
 from vlkr.datasets.pipelines import evaluation_loader
 from vlkr.datasets.samples import good_samples
 from vlkr.errors import VlkrError
-from vlkr.evaluation.distributed import world_size
 from vlkr.hashing import weights_hash
-from vlkr.models.clip import ClipBundle, encode_image, pick_device
+from vlkr.models.clip import ClipBundle, encode_image
+from vlkr.runtime import check_num_workers, pick_device, world_size
 
 # A matrix product of few rows takes another kernel, whose sums differ in the last bits; padded to
 # a multiple of this many rows an image's features do not depend on who shares its batch.

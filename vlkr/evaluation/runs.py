@@ -15,11 +15,10 @@ from vlkr.datasets import DataOptions, Dataset, load_dataset
 from vlkr.datasets.samples import View
 from vlkr.datasets.transforms import to_tensor
 from vlkr.errors import VlkrError
-from vlkr.files import read_json, read_yaml, write_text
+from vlkr.files import flattened, read_json, read_yaml, write_text
 from vlkr.models.classifier import ClassHead
 from vlkr.models.clip import ClipBundle
 from vlkr.models.loading import load_model
-from vlkr.nested import flattened
 
 _NEEDED = {
     "": ("model", "pretrained", "seed"),

@@ -7,14 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rich.console import Console
-from rich.progress import Progress, TextColumn
+from rich.progress import TextColumn
 from torch import Tensor, nn
 
 from vlkr.caching import cached_tensors
 from vlkr.datasets import Dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation.distributed import gather, rank
 from vlkr.evaluation.features import Measured, feature_batches, measured
 from vlkr.evaluation.metrics import (
     classification_metrics,
@@ -28,6 +26,7 @@ from vlkr.evaluation.predictions import Predictions, predict
 from vlkr.evaluation.report import DatasetResult, Evaluation
 from vlkr.models.clip import ClipBundle, logit_scale
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
+from vlkr.runtime import gather, progress_bar
 
 _TEXTS_AT_A_TIME = 256
 _NO_TEMPLATES = "none (classes learnt from images)"
@@ -69,14 +68,7 @@ def evaluate_bundle(
     """
     for dataset in (*datasets, *unknown):
         dataset.source(split)
-    console = Console(stderr=True)
-    progress = Progress(
-        *Progress.get_default_columns()[:2],
-        TextColumn("{task.completed} images"),
-        console=console,
-        transient=True,
-        disable=rank() > 0 or not console.is_terminal,
-    )
+    progress = progress_bar(TextColumn("{task.completed} images"))
     embedded: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
 
     with measured(bundle, device) as subject, progress:

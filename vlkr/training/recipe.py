@@ -11,22 +11,21 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.utilities import rank_zero_only
 
 from vlkr.adapters import add_adapters, find_targets, match_budget, save_adapter
+from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions, Dataset, FewShotDataModule
 from vlkr.datasets.pipelines import evaluation_loader
 from vlkr.datasets.samples import View
 from vlkr.datasets.transforms import TrainTransform
 from vlkr.errors import VlkrError
 from vlkr.evaluation.runs import NEUTRAL
-from vlkr.files import read_yaml, write_text
+from vlkr.files import differences, read_yaml, write_text
 from vlkr.models.classifier import ClassHead
 from vlkr.models.clip import ClipBundle, encode_image, image_size
-from vlkr.nested import differences
+from vlkr.runtime import is_first_process
 from vlkr.training.checkpoints import check_checkpoint
 from vlkr.training.module import FewShotModule
-from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 from vlkr.training.trainer import CHECKPOINT, fit, make_trainer, quiet_lightning
 
 
@@ -56,10 +55,10 @@ def train(
     output: Path,
     bundle: ClipBundle,
     dataset: Dataset,
-    adapter: AdapterOptions,
+    adapter: AdapterConfig,
     data: DataOptions,
-    optimizer: OptimizerOptions,
-    trainer: TrainerOptions,
+    optimizer: OptimizerConfig,
+    trainer: TrainerConfig,
     seed: int,
     *,
     resume: bool = False,
@@ -138,11 +137,6 @@ def train(
         None if val_acc1 is None else round(float(val_acc1), 6),
         str(lightning_trainer.strategy.root_device),
     )
-
-
-def is_first_process() -> bool:
-    """Of several that train side by side."""
-    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
 
 
 def _started_head(bundle: ClipBundle, dataset: Dataset, datamodule: FewShotDataModule) -> ClassHead:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import signal
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import lightning as L
@@ -14,10 +11,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from vlkr.config import TrainerConfig
 from vlkr.errors import VlkrError
+from vlkr.runtime import quiet
 from vlkr.training.checkpoints import SealedCheckpoints
 from vlkr.training.interruption import Interruption, StoppedError
-from vlkr.training.options import TrainerOptions
 
 CHECKPOINT = "checkpoints/last.ckpt"
 # What Lightning and torch raise where a checkpoint has not the structure they wrote.
@@ -43,7 +41,7 @@ class _ProgressBar(RichProgressBar):
         return metrics
 
 
-def make_trainer(output: Path, options: TrainerOptions, grad_clip: float) -> L.Trainer:
+def make_trainer(output: Path, options: TrainerConfig, grad_clip: float) -> L.Trainer:
     """A trainer that logs to ``output`` and writes its checkpoint there after each epoch.
 
     Args:
@@ -150,27 +148,21 @@ def fit(
         raise KeyboardInterrupt(interruption.how_to_go_on(trainer.current_epoch))
 
 
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Mutes advice about hardware and workers that a user of the command line cannot follow."""
-    loggers = [logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start")
-            # Loss scaling may leave out the first step.
-            warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
-            warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")
-            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not")
-            warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is")
-            # Of a run folder that was moved; the one checkpoint lies where it is looked for.
-            warnings.filterwarnings("ignore", message="The dirpath has changed from")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+# Advice about hardware and workers that a user of the command line cannot act on.
+_LOGGERS = ("lightning.pytorch", "lightning.fabric")
+_WARNINGS = (
+    ".*module.s. in eval mode at the start",
+    "Detected call of .lr_scheduler.step",  # loss scaling may skip the first step
+    ".*LeafSpec.* is deprecated",
+    ".*does not have many workers.*",
+    "Total length of `list` across ranks is zero",
+    ".*AMP with fp16 is not supported on CPU",
+    "Checkpoint directory .* exists and is not",
+    "Experiment logs directory .* exists and is",
+    "The dirpath has changed from",  # a run folder that was moved; its checkpoint is found
+)
+
+
+def quiet_lightning() -> AbstractContextManager[None]:
+    """Silences Lightning's advice about hardware and workers."""
+    return quiet(*_LOGGERS, ignore=_WARNINGS)
