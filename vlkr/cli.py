@@ -64,11 +64,11 @@ COMMANDS = {
         "adapt on one dataset, measure on others: what is gained and what forgotten",
     ),
     "export": Command(
-        "vlkr.export.export:export",
+        "vlkr.export.commands:export",
         "write a run's adapted model for open_clip, timm, transformers, ONNX, torch or peft",
     ),
     "predict": Command(
-        "vlkr.export.predict:predict", "classify images with an exported model", ("images",)
+        "vlkr.export.commands:predict", "classify images with an exported model", ("images",)
     ),
     "project": Command(
         "vlkr.training.project:project_fine_tune", "turn a full fine-tune into the nearest adapter"

@@ -9,12 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
+from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions, load_dataset
 from vlkr.evaluation.report import Evaluation, markdown_table, rich_table
-from vlkr.export.export import ExportResult, export
 from vlkr.files import check_free, write_json, write_text
 from vlkr.training.adapt import adapt
-from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
 METHODS = {"kradapter": "KRAdapter", "lora": "LoRA"}
 
@@ -33,7 +32,7 @@ class DemoResult:
 
     evaluations: dict[str, list[Evaluation]]
     parameters: dict[str, int]
-    exported: ExportResult
+    exported: Any
     context: dict[str, Any]
     output: Path
 
@@ -119,6 +118,7 @@ def demo(output: Path = Path("runs/demo"), quick: bool = False, force: bool = Fa
 
 def _demo(output: Path, quick: bool, force: bool) -> DemoResult:
     from vlkr.evaluation.zero_shot import evaluate_bundle
+    from vlkr.export.export import export
     from vlkr.models.clip import load_clip
     from vlkr.models.names import TINY
 
@@ -137,12 +137,12 @@ def _demo(output: Path, quick: bool, force: bool) -> DemoResult:
             try:
                 result = adapt(
                     output / "runs" / f"{method}-seed{seed}",
-                    adapter=AdapterOptions(
+                    adapter=AdapterConfig(
                         method, match=None if method == "kradapter" else "kradapter"
                     ),
                     data=DataOptions("digits", shots=16, crop_scale=(0.7, 1.0), flip=False),
-                    optimizer=OptimizerOptions(),
-                    trainer=TrainerOptions(epochs=epochs, accelerator="cpu"),
+                    optimizer=OptimizerConfig(),
+                    trainer=TrainerConfig(epochs=epochs, accelerator="cpu"),
                     seed=seed,
                     force=force,
                 )
@@ -158,7 +158,7 @@ def _demo(output: Path, quick: bool, force: bool) -> DemoResult:
         "seeds": " ".join(map(str, seeds)),
         "split": "test",
         "templates": home.template_set,
-        "learning rate": OptimizerOptions().lr,
+        "learning rate": OptimizerConfig().lr,
         "checkpoint": "last iteration",
     }
     if len(seeds) > 1:

@@ -1,8 +1,8 @@
 import pytest
 from helpers import COLORS, color_image, write_clip, write_images
 
+from vlkr.config import OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions
-from vlkr.training.options import OptimizerOptions, TrainerOptions
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def options(small, colors):
     return {
         "model": small,
         "data": DataOptions(root=colors, shots=2, batch_size=8, min_steps_per_epoch=2),
-        "optimizer": OptimizerOptions(lr=1e-2),
-        "trainer": TrainerOptions(epochs=1, accelerator="cpu", progress=False),
+        "optimizer": OptimizerConfig(lr=1e-2),
+        "trainer": TrainerConfig(epochs=1, accelerator="cpu", progress=False),
         "seeds": [1, 2],
     }

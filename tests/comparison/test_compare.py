@@ -16,12 +16,12 @@ from scipy.stats import binomtest
 from vlkr.comparison import figures
 from vlkr.comparison.methods import base_context
 from vlkr.comparison.options import GridConfig, MethodConfig
+from vlkr.config import AdapterConfig
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate
 from vlkr.files import read_json, write_json
 from vlkr.training.adapt import adapt
-from vlkr.training.options import AdapterOptions
 
 METHODS = [
     "zero-shot",
@@ -65,7 +65,7 @@ def test_a_cell_is_vlkr_adapt_and_vlkr_evaluate(report, options, others, tmp_pat
     result = adapt(
         tmp_path / "run",
         options["model"],
-        adapter=AdapterOptions("lora", match="kradapter"),
+        adapter=AdapterConfig("lora", match="kradapter"),
         data=data,
         optimizer=options["optimizer"],
         trainer=options["trainer"],
@@ -311,8 +311,8 @@ def test_several_datasets_have_their_mean(options, colors, tmp_path):
         ({"methods": [MethodConfig("lora", epochs=[])]}, r"epochs of lora \[\] is empty or"),
         ({"reference": "loar"}, "reference 'loar' is none of the methods, which are zero-shot"),
         ({"seeds": [-1]}, "seed -1 is out of range"),
-        ({"methods": ["lora"], "lrs": [0.0]}, "optimizer.lr 0.0 is out of range"),
-        ({"methods": ["lora"], "epochs": [0]}, "trainer.epochs 0 is too small"),
+        ({"methods": ["lora"], "lrs": [0.0]}, "optimizer.lr is 0.0: "),
+        ({"methods": ["lora"], "epochs": [0]}, "trainer.epochs is 0: "),
         ({"shots": [0]}, "a number below 1"),
         ({"jobs": -1}, "jobs -1 is negative"),
         ({"jobs": 0, "force": True}, "jobs 0 computes nothing"),

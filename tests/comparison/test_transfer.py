@@ -10,10 +10,10 @@ from helpers import small_run, write_images
 from PIL import Image
 
 from vlkr.comparison.options import MethodConfig
+from vlkr.config import AdapterConfig
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate
 from vlkr.files import read_json
-from vlkr.training.options import AdapterOptions
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_subset_of_classes_is_told_apart_among_its_own(report):
 def test_runs_are_measured_as_they_are(options, colors, others, tmp_path):
     first = small_run(tmp_path / "a", options["model"], colors, seed=1).output
     second = small_run(tmp_path / "b", options["model"], colors, seed=2).output
-    lora = AdapterOptions("lora", options={"rank": 2})
+    lora = AdapterConfig("lora", options={"rank": 2})
     third = small_run(tmp_path / "c", options["model"], colors, adapter=lora).output
     report = transfer(
         tmp_path / "out",

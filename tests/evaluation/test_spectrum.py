@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from vlkr.adapters import add_adapters
 from vlkr.cli import main
+from vlkr.config import AdapterConfig
 from vlkr.errors import VlkrError
 from vlkr.evaluation import spectra as module
 from vlkr.evaluation.interpolation import interpolate
@@ -25,14 +26,13 @@ from vlkr.evaluation.spectra import (
 from vlkr.evaluation.spectrum import spectrum
 from vlkr.evaluation.spectrum_report import Layer, Run
 from vlkr.models.clip import load_clip
-from vlkr.training.options import AdapterOptions
 
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory, small, colors):
     """A run of LoRA at about the budget of the other run's KRAdapter."""
     output = tmp_path_factory.mktemp("runs") / "lora"
-    small_run(output, small, colors, adapter=AdapterOptions("lora", match="kradapter"))
+    small_run(output, small, colors, adapter=AdapterConfig("lora", match="kradapter"))
     return output
 
 
@@ -147,7 +147,7 @@ def test_json_on_stdout_is_without_singular_values(run, capsys):
 
 def test_runs_of_one_adapter_with_other_options_are_told_apart(lora, small, colors, tmp_path):
     other = tmp_path / "lora2"
-    small_run(other, small, colors, adapter=AdapterOptions("lora", options={"rank": 2}))
+    small_run(other, small, colors, adapter=AdapterConfig("lora", options={"rank": 2}))
     methods = spectrum([lora, other], device="cpu").methods
     assert methods[1] == "lora rank=2"
     assert methods[0].startswith("lora rank=")
@@ -207,7 +207,7 @@ def test_wrong_runs_are_named(run, tmp_path, small, colors):
     with pytest.raises(VlkrError, match="no run folder"):
         spectrum([tmp_path / "none"])
     bias = tmp_path / "bias"
-    small_run(bias, small, colors, adapter=AdapterOptions("bitfit"))
+    small_run(bias, small, colors, adapter=AdapterConfig("bitfit"))
     assert yaml.safe_load((bias / "config.yaml").read_text())["adapter"]["name"] == "bitfit"
     with pytest.raises(VlkrError, match="changed no weight: 'bitfit'"):
         spectrum([bias])

@@ -16,8 +16,7 @@ from vlkr.cli import main
 from vlkr.errors import VlkrError
 from vlkr.evaluation.runs import load_run
 from vlkr.export.card import base_licence
-from vlkr.export.export import export
-from vlkr.export.exporter import load_subject
+from vlkr.export.export import export, load_input
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -147,14 +146,14 @@ def test_a_push_that_fails_leaves_the_export(
     arguments = ["export", "--run", str(run), "--output", str(tmp_path / "out")]
     assert main([*arguments, "--push-to-hub", "me/digits"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"wrote {tmp_path / 'out'}, and could not push it to me/digits: " in line
+    assert f"wrote {tmp_path / 'out'}, but could not push it to me/digits: " in line
     assert "hf_secret" not in line
     assert (tmp_path / "out" / "vlkr_export.json").is_file()
 
 
 def test_no_token_is_told_before_anything_is_written(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("vlkr.export.hub.get_token", lambda: None)
-    with pytest.raises(VlkrError, match="no token of the hub to push with: set HF_TOKEN"):
+    monkeypatch.setattr("vlkr.export.card.get_token", lambda: None)
+    with pytest.raises(VlkrError, match="no token to push to the hub with: set HF_TOKEN"):
         export(run, tmp_path / "out", push_to_hub="me/digits")
     assert tree(tmp_path) == {}
 
@@ -202,7 +201,7 @@ def test_card_tells_what_was_exported_and_from_what(card, digits_run):
         f"vlkr export --run {digits_run.name} --format open_clip --output digits-clip "
         "--dtype float16",
         f"| digits | test | 510 | {100 * metrics['metrics']['acc1']:.1f} |",
-        "templates digits card (3), checkpoint last iteration",
+        "templates digits card (3), final checkpoint",
         'create_model_and_transforms("local-dir:digits-clip")',
     ):
         assert part in text, part
@@ -231,7 +230,7 @@ def test_card_names_no_folders_of_this_machine(run, vit_run, tmp_path):
         card = (tmp_path / name / "README.md").read_text()
         assert str(source.parent) not in card
         assert str(tmp_path.parents[1]) not in card
-    assert "The run was not measured." in card
+    assert "The run was not evaluated." in card
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["pipeline_tag"] == "image-classification"
     assert front["base_model"] == "timm/test_vit"
@@ -251,7 +250,7 @@ def test_licence_of_the_base(readme, licence, write_model, make_run, tmp_path):
     run = make_run(tmp_path / "run", write_model(tmp_path / "clip"))
     if readme is not None:
         (tmp_path / "clip" / "README.md").write_text(readme)
-    subject, _ = load_subject(run, 1.0)
-    assert base_licence(subject) == licence
-    subject.adapted.name, subject.adapted.pretrained = "ViT-B-32", "openai"
-    assert base_licence(subject) == "mit"
+    source, _ = load_input(run, 1.0)
+    assert base_licence(source) == licence
+    source.adapted.name, source.adapted.pretrained = "ViT-B-32", "openai"
+    assert base_licence(source) == "mit"

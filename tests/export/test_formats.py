@@ -20,9 +20,10 @@ from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.evaluation.interpolation import interpolate
 from vlkr.evaluation.runs import load_run
-from vlkr.export import exporter, parity
+from vlkr.export import export as export_module
+from vlkr.export import parity
 from vlkr.export.export import export
-from vlkr.export.preprocessing import Preprocessing
+from vlkr.export.formats import Preprocessing
 from vlkr.files import resource
 from vlkr.models.clip import load_clip
 
@@ -169,7 +170,7 @@ def test_alpha_is_the_strength_of_the_change(run, small, tmp_path):
 
 
 def test_onnx_tokenizer_gives_the_same_ids(small, tmp_path):
-    from vlkr.export.tokenizer import write_tokenizer
+    from vlkr.export.hf_clip import write_tokenizer
 
     bundle = load_clip(small)
     write_tokenizer(bundle, tmp_path)
@@ -195,7 +196,7 @@ def test_onnx_tokenizer_gives_the_same_ids(small, tmp_path):
         ("--dtype int8", "unknown dtype 'int8'; known: float32, float16, bfloat16"),
         ("--alpha -1", "alpha -1.0 is out of range, expected at least 0; 0 is the base"),
         ("--alpha .inf", "alpha inf is out of range"),
-        ("--push-to-hub a/b/c", "'a/b/c' is no repository, expected ORG/NAME"),
+        ("--push-to-hub a/b/c", "'a/b/c' is not a repository, expected ORG/NAME"),
     ],
 )
 def test_wrong_options_are_one_line(options, message, run, tmp_path, capsys):
@@ -209,7 +210,7 @@ def test_wrong_options_are_one_line(options, message, run, tmp_path, capsys):
 @pytest.mark.parametrize(("name", "missing"), [("onnx", "onnxruntime"), ("transformers",) * 2])
 def test_a_library_that_is_not_installed_is_named(name, missing, run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
-    for module in ("onnx", "transformers", "tokenizer"):
+    for module in ("onnx", "transformers"):
         monkeypatch.delitem(sys.modules, f"vlkr.export.{module}", raising=False)
     with pytest.raises(VlkrError, match=rf"needs {missing}, .* pip install 'vlkr\[export\]'"):
         export(run, tmp_path / "out", format=name)
@@ -243,16 +244,16 @@ def test_features_that_are_not_finite_are_a_difference(part, run, tmp_path, monk
         bundle.model.get_parameter(part).data.fill_(torch.nan)
         return bundle, config
 
-    monkeypatch.setattr(exporter, "load_run", load_broken)
+    monkeypatch.setattr(export_module, "load_run", load_broken)
     with pytest.raises(VlkrError, match=r"differs from the adapted model.* nan"):
         export(run, tmp_path / "out")
 
 
 def test_a_prediction_that_differs_is_a_difference(run, tmp_path, monkeypatch):
-    from vlkr.export.open_clip import OpenClipPredictor
+    from vlkr.export.open_clip import ExportedOpenClip
 
-    forward = OpenClipPredictor.logits
-    monkeypatch.setattr(OpenClipPredictor, "logits", lambda self, x: -forward(self, x))
+    forward = ExportedOpenClip.logits
+    monkeypatch.setattr(ExportedOpenClip, "logits", lambda self, x: -forward(self, x))
     with pytest.raises(VlkrError, match=r"image features 1\.000000, .*same predictions"):
         export(run, tmp_path / "out")
 
@@ -336,7 +337,7 @@ def test_preprocessing_that_nobody_has_words_for(changes, known, small):
     if known:
         assert Preprocessing.of(bundle).interpolation == "bicubic"
     else:
-        with pytest.raises(VlkrError, match="resizes its images in a way that no format has words"):
+        with pytest.raises(VlkrError, match="unsupported resize settings for export"):
             Preprocessing.of(bundle)
 
 

@@ -16,9 +16,8 @@ from vlkr.adapters import load_adapter, merge_adapters
 from vlkr.errors import VlkrError
 from vlkr.evaluation.runs import load_run
 from vlkr.export import timm as timm_export
-from vlkr.export.export import export
-from vlkr.export.exporter import load_export, load_subject
-from vlkr.export.preprocessing import Preprocessing
+from vlkr.export.export import export, load_export, load_input
+from vlkr.export.formats import Preprocessing
 from vlkr.models.clip import clip_shapes, load_clip
 
 
@@ -138,7 +137,7 @@ def test_lora_for_peft(targets, options, alpha, small, make_run, tmp_path):
     export(run, tmp_path / "base", format="transformers", alpha=0)
     export(run, tmp_path / "out", format="adapter", alpha=alpha)
     pixels, tokens = torch.randn(4, 3, 16, 16), load_clip(small).tokenizer(["red", "a blue one"])
-    plain = load_subject(run, alpha)[0].plain
+    plain = load_input(run, alpha)[0].merged
     base = transformers.CLIPModel.from_pretrained(tmp_path / "base")
     with torch.no_grad():
         before = base(pixel_values=pixels, input_ids=tokens)
@@ -161,7 +160,7 @@ def test_lora_for_peft(targets, options, alpha, small, make_run, tmp_path):
 @pytest.mark.parametrize(
     ("name", "model", "message"),
     [
-        ("timm", "small", "image tower of 'local-dir:.*' is a VisionTransformer and no timm model"),
+        ("timm", "small", "image tower of 'local-dir:.*' is a VisionTransformer, not a timm model"),
         ("open_clip", "vit", "model 'timm:test_vit' has no text tower, and format open_clip holds"),
         ("transformers", "vit", "has no text tower, and format transformers holds image-text"),
     ],

@@ -221,7 +221,7 @@ def test_written_to_a_file(name, options, model, photos, tmp_path, capsys):
         ("--model MODEL PHOTOS --top-k 4", "top-k 4 is too large, the model knows 3 classes"),
         ("--model MODEL PHOTOS --top-k 0", "top-k 0 is too small, expected at least 1"),
         ("--model MODEL PHOTOS --batch-size 0", "batch size 0 is too small"),
-        ("--model MODEL PHOTOS --output EMPTY/x.json", "x.json does not tell its format: name it"),
+        ("--model MODEL PHOTOS --output EMPTY/x.json", "x.json: name it .csv or .jsonl"),
         ("--model MODEL PHOTOS --format xml", "unknown format 'xml'; known: table, jsonl, csv"),
         ("--model MODEL PHOTOS --device abacus", "device 'abacus' is not available"),
         ("--model MODEL", "--images missing"),
@@ -242,7 +242,7 @@ def test_wrong_input_is_one_line(arguments, message, model, photos, tmp_path, ca
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("vlkr_export.json", b"{}", "is damaged: its format is None"),
+        ("vlkr_export.json", b"{}", "is damaged: its format is"),
         ("vlkr_export.json", b"[]", "holds a list, expected a mapping"),
         ("vlkr_export.json", b'{"format": "open_clip", "dtype": 3}', "its dtype is 3"),
         ("class_embeddings.safetensors", b"\0" * 9, "is damaged: SafetensorError"),
@@ -271,7 +271,7 @@ def test_numbers_that_are_not_finite_are_told(model, photos, tmp_path, capsys):
     weights["visual.proj"][0, 0] = float("nan")
     save_file(weights, tmp_path / "copy" / "open_clip_model.safetensors")
     assert main(["predict", "--model", str(tmp_path / "copy"), str(photos)]) == 2
-    assert "numbers that are not finite" in capsys.readouterr().err
+    assert "outputs are not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_an_adapter_refuses_another_base(run, photos, tmp_path, capsys):
     manifest.write_text(json.dumps(changed))
     capsys.readouterr()
     assert main(["predict", "--model", str(tmp_path / "out"), str(photos)]) == 2
-    assert "was made for another base" in capsys.readouterr().err
+    assert "was made for a different base" in capsys.readouterr().err
 
 
 @pytest.mark.slow

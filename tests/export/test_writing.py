@@ -11,7 +11,6 @@ from helpers import tree
 from vlkr.cli import main
 from vlkr.errors import VlkrError
 from vlkr.export import export as command
-from vlkr.export import exporter
 from vlkr.export.export import export
 
 
@@ -54,7 +53,7 @@ def test_a_full_disk_keeps_the_old_export(name, run, small_disk, capsys):
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize(("module", "step"), [(command, "write_json"), (exporter, "save_file")])
+@pytest.mark.parametrize(("module", "step"), [(command, "write_json"), (command, "save_file")])
 def test_a_failing_write_keeps_the_old_export(run, tmp_path, monkeypatch, error, module, step):
     export(run, tmp_path / "out", format="adapter")
     before = tree(tmp_path)
@@ -144,7 +143,7 @@ def test_force_replaces_exports_only(run, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
     before = tree(tmp_path)
-    with pytest.raises(VlkrError, match="holds no export; --force replaces nothing else"):
+    with pytest.raises(VlkrError, match="does not hold an export; --force replaces nothing else"):
         export(run, tmp_path / "home", force=True)
     assert tree(tmp_path) == before
 

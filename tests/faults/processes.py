@@ -18,7 +18,7 @@ PRELOADED = (
     "vlkr.comparison.transfer",
     "vlkr.datasets.pack",
     "vlkr.evaluation.zero_shot",
-    "vlkr.export.exporter",
+    "vlkr.export.export",
     "vlkr.export.open_clip",
     "vlkr.export.parity",
     "vlkr.training.recipe",

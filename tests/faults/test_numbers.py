@@ -12,11 +12,11 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors.torch import load_file, save_file
 
 from vlkr.adapters.inject import hosts
+from vlkr.config import OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.training.checkpoints import check_checkpoint
 from vlkr.training.module import FewShotModule
-from vlkr.training.options import OptimizerOptions, TrainerOptions
 
 pytestmark = pytest.mark.faults
 
@@ -81,9 +81,9 @@ def test_it_stops_at_once_and_the_checkpoint_before_it_is_whole(
 
 def test_a_last_step_that_spoils_the_factors_is_never_saved(tmp_path, small, colors, case):
     options = {
-        "optimizer": OptimizerOptions(lr=1e30, weight_decay=1e10),
+        "optimizer": OptimizerConfig(lr=1e30, weight_decay=1e10),
         "data": DataOptions(root=colors, shots=2, batch_size=8, min_steps_per_epoch=1),
-        "trainer": TrainerOptions(epochs=1, **CPU),
+        "trainer": TrainerConfig(epochs=1, **CPU),
     }
     with case(LOSS):
         with pytest.raises(VlkrError, match=r"not finite after step 1; lower optimizer\.lr"):
@@ -94,8 +94,8 @@ def test_a_last_step_that_spoils_the_factors_is_never_saved(tmp_path, small, col
 
 @pytest.mark.parametrize("lr", [1e31, 1e300, math.inf, math.nan, 0.0, -1.0])
 def test_a_learning_rate_beyond_numbers_is_refused(tmp_path, small, colors, case, lr):
-    with case(LOSS), pytest.raises(VlkrError, match=r"optimizer\.lr .* is out of range"):
-        small_run(tmp_path / "run", small, colors, optimizer=OptimizerOptions(lr=lr))
+    with case(LOSS), pytest.raises(VlkrError, match=r"optimizer\.lr is .*: "):
+        small_run(tmp_path / "run", small, colors, optimizer=OptimizerConfig(lr=lr))
 
 
 def half_precision(monkeypatch, init_scale):
@@ -110,7 +110,7 @@ def half_precision(monkeypatch, init_scale):
     monkeypatch.setattr(L, "Trainer", trainer)
 
 
-HALF = TrainerOptions(epochs=4, precision="16-mixed", **CPU)
+HALF = TrainerConfig(epochs=4, precision="16-mixed", **CPU)
 
 
 def test_steps_that_overflow_in_fp16_are_left_out(tmp_path, small, colors, case, monkeypatch):
@@ -207,7 +207,7 @@ def test_ten_thousand_classes(tmp_path, small, case):
         root=root, shots=1, batch_size=1024, min_steps_per_epoch=1, classes_per_step=2048
     )
     with case(DATA):
-        trainer = TrainerOptions(epochs=1, **CPU)
+        trainer = TrainerConfig(epochs=1, **CPU)
         result = small_run(tmp_path / "run", small, root, data=data, trainer=trainer)
         assert result.evaluation.home.images == 10
         metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from vlkr.cli import main
-from vlkr.comparison.html import html_page
-from vlkr.comparison.tables import Table
 from vlkr.datasets import load_dataset
 from vlkr.datasets.cards import load_card
 from vlkr.datasets.images import decode_image
@@ -29,6 +27,8 @@ from vlkr.evaluation.report import DatasetResult, Evaluation, evaluation_markdow
 from vlkr.evaluation.runs import run_config, run_options
 from vlkr.files import read_json, read_yaml
 from vlkr.models.clip import load_clip
+from vlkr.reporting.page import html_page
+from vlkr.reporting.table import Table
 
 pytestmark = pytest.mark.faults
 
@@ -52,7 +52,7 @@ CONFIG_TEXTS = [
     "output: !!python/object/new:os.mkdir ['{path}']\n",
     "adapter: {{class_path: os.mkdir, init_args: {{path: '{path}'}}}}\n",
     "data: {{class_path: pathlib.Path.mkdir, init_args: {{self: '{path}'}}}}\n",
-    "optimizer: {{class_path: vlkr.training.trainer.TrainerOptions}}\n",
+    "optimizer: {{class_path: vlkr.config.TrainerConfig}}\n",
     "__path__: x\n",
     "config: {{config: 1}}\n",
     "adapter: {{options: {{rank: !!python/name:os.system }}}}\n",

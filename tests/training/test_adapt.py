@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.models import loading
 from vlkr.training.module import FewShotModule
-from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
 FILES = {
     "adapter/README.md",
@@ -48,7 +48,7 @@ def losses(run):
 def hundred_steps(tmp_path_factory, small, colors):
     output = tmp_path_factory.mktemp("runs") / "run"
     data = DataOptions(root=colors, shots=4, batch_size=8, min_steps_per_epoch=10)
-    trainer = TrainerOptions(epochs=10, accelerator="cpu", progress=False)
+    trainer = TrainerConfig(epochs=10, accelerator="cpu", progress=False)
     return small_run(output, small, colors, data=data, trainer=trainer)
 
 
@@ -126,7 +126,7 @@ def test_workers_change_nothing(tmp_path, small, colors):
 )
 def test_towers(tmp_path, small, colors, towers, prefixes):
     result = small_run(
-        tmp_path / "run", small, colors, adapter=AdapterOptions("lora", towers=towers)
+        tmp_path / "run", small, colors, adapter=AdapterConfig("lora", towers=towers)
     )
     assert {module.split(".")[0] for module in modules(result.output)} == prefixes
     trained = load_file(result.output / "adapter" / "adapter_model.safetensors")
@@ -136,7 +136,7 @@ def test_towers(tmp_path, small, colors, towers, prefixes):
 
 
 def test_bf16_mixed_trains_fp32_adapters(tmp_path, small, colors):
-    trainer = TrainerOptions(epochs=5, precision="bf16-mixed", accelerator="cpu", progress=False)
+    trainer = TrainerConfig(epochs=5, precision="bf16-mixed", accelerator="cpu", progress=False)
     result = small_run(tmp_path / "run", small, colors, trainer=trainer)
     tensors = load_file(result.output / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
@@ -148,7 +148,7 @@ def test_bf16_mixed_trains_fp32_adapters(tmp_path, small, colors):
 def test_budget_is_matched_and_the_size_kept(tmp_path, small, colors):
     kradapter = small_run(tmp_path / "a", small, colors)
     lora = small_run(
-        tmp_path / "b", small, colors, adapter=AdapterOptions("lora", match="kradapter")
+        tmp_path / "b", small, colors, adapter=AdapterConfig("lora", match="kradapter")
     )
     config = yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())
     assert config["adapter"]["match"] is None
@@ -167,7 +167,7 @@ def test_training_without_validation_images(tmp_path, small):
 
 
 def test_gradients_are_accumulated(tmp_path, small, colors):
-    trainer = TrainerOptions(epochs=2, accumulate_grad_batches=3, accelerator="cpu", progress=False)
+    trainer = TrainerConfig(epochs=2, accumulate_grad_batches=3, accelerator="cpu", progress=False)
     run = small_run(tmp_path / "run", small, colors, trainer=trainer).output
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
@@ -175,7 +175,7 @@ def test_gradients_are_accumulated(tmp_path, small, colors):
 
 
 def test_force_leaves_nothing_of_the_run_before(tmp_path, small, colors):
-    adapter = AdapterOptions("lora", towers=["visual"])
+    adapter = AdapterConfig("lora", towers=["visual"])
     run = small_run(tmp_path / "run", small, colors, adapter=adapter).output
     (run / "notes.txt").write_text("mine")
     with pytest.raises(VlkrError, match="exists already; name another folder, or --resume"):
@@ -215,12 +215,12 @@ def test_relative_paths_are_made_absolute(tmp_path, small, colors, monkeypatch):
 
 
 def test_diverging_training_is_told(tmp_path, small, colors):
-    optimizer = OptimizerOptions(lr=1e30)
+    optimizer = OptimizerConfig(lr=1e30)
     with pytest.raises(VlkrError, match=r"the loss is nan at step 1 .*lower optimizer\.lr"):
         small_run(tmp_path / "a", small, colors, optimizer=optimizer)
     assert not (tmp_path / "a" / "adapter").exists()
     data = DataOptions(root=colors, shots=4, batch_size=8, min_steps_per_epoch=1)
-    trainer = TrainerOptions(epochs=1, accumulate_grad_batches=2, accelerator="cpu", progress=False)
+    trainer = TrainerConfig(epochs=1, accumulate_grad_batches=2, accelerator="cpu", progress=False)
     with pytest.raises(VlkrError, match="are not finite: its training diverged"):
         small_run(tmp_path / "b", small, colors, optimizer=optimizer, data=data, trainer=trainer)
     assert not (tmp_path / "b" / "metrics.json").exists()
@@ -234,7 +234,7 @@ def test_adapter_that_the_model_does_not_use_is_told(tmp_path, small, colors, mo
 
     load_model = loading.load_model
     monkeypatch.setattr(loading, "load_model", load_with_spare_part)
-    adapter = AdapterOptions(targets=["q", "spare"])
+    adapter = AdapterConfig(targets=["q", "spare"])
     with pytest.raises(VlkrError, match="does not use the adapter on spare"):
         small_run(tmp_path / "run", small, colors, adapter=adapter)
 
@@ -242,24 +242,24 @@ def test_adapter_that_the_model_does_not_use_is_told(tmp_path, small, colors, mo
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter": AdapterOptions("krdapter")}, "unknown adapter 'krdapter'; did you mean"),
-        ({"adapter": AdapterOptions(options={"rank": 2})}, "has no option 'rank'"),
-        ({"adapter": AdapterOptions(targets=["zz"])}, "target 'zz' matches nothing"),
-        ({"adapter": AdapterOptions(towers=["vision"])}, "unknown tower 'vision'"),
-        ({"adapter": AdapterOptions(blocks=[7])}, "block 7 is out of range"),
-        ({"adapter": AdapterOptions("lora", match="zz")}, "unknown adapter 'zz'"),
-        ({"optimizer": OptimizerOptions(lr=float("nan"))}, r"optimizer\.lr nan is out of range"),
-        ({"optimizer": OptimizerOptions(lr=0)}, r"optimizer\.lr 0 is out of range"),
-        ({"optimizer": OptimizerOptions(lr=float("inf"))}, r"optimizer\.lr inf is out of range"),
-        ({"optimizer": OptimizerOptions(weight_decay=-1)}, "weight_decay -1 is out of range"),
-        ({"optimizer": OptimizerOptions(weight_decay=float("nan"))}, "weight_decay nan is out"),
-        ({"optimizer": OptimizerOptions(warmup_steps=-1)}, "warmup_steps -1 is out of range"),
-        ({"optimizer": OptimizerOptions(grad_clip=float("nan"))}, "grad_clip nan is out of range"),
-        ({"trainer": TrainerOptions(epochs=0)}, r"trainer\.epochs 0 is too small"),
-        ({"trainer": TrainerOptions(accumulate_grad_batches=0)}, "grad_batches 0 is too small"),
-        ({"trainer": TrainerOptions(accelerator="abacus")}, "'abacus' .*is not possible here"),
+        ({"adapter": AdapterConfig("krdapter")}, "unknown adapter 'krdapter'; did you mean"),
+        ({"adapter": AdapterConfig(options={"rank": 2})}, "has no option 'rank'"),
+        ({"adapter": AdapterConfig(targets=["zz"])}, "target 'zz' matches nothing"),
+        ({"adapter": AdapterConfig(towers=["vision"])}, "unknown tower 'vision'"),
+        ({"adapter": AdapterConfig(blocks=[7])}, "block 7 is out of range"),
+        ({"adapter": AdapterConfig("lora", match="zz")}, "unknown adapter 'zz'"),
+        ({"optimizer": OptimizerConfig(lr=float("nan"))}, r"optimizer\.lr is nan: .* less than"),
+        ({"optimizer": OptimizerConfig(lr=0)}, r"optimizer\.lr is 0: .* greater than 0"),
+        ({"optimizer": OptimizerConfig(lr=float("inf"))}, r"optimizer\.lr is inf: .* less than"),
+        ({"optimizer": OptimizerConfig(weight_decay=-1)}, "weight_decay is -1: "),
+        ({"optimizer": OptimizerConfig(weight_decay=float("nan"))}, "weight_decay is nan: "),
+        ({"optimizer": OptimizerConfig(warmup_steps=-1)}, "warmup_steps is -1: "),
+        ({"optimizer": OptimizerConfig(grad_clip=float("nan"))}, "grad_clip is nan: "),
+        ({"trainer": TrainerConfig(epochs=0)}, r"trainer\.epochs is 0: "),
+        ({"trainer": TrainerConfig(accumulate_grad_batches=0)}, "grad_batches is 0: "),
+        ({"trainer": TrainerConfig(accelerator="abacus")}, "'abacus' .*is not possible here"),
         (
-            {"trainer": TrainerOptions(accelerator="cpu", precision="16-mixed")},
+            {"trainer": TrainerConfig(accelerator="cpu", precision="16-mixed")},
             "'16-mixed' is not possible on this device, try 'bf16-mixed'",
         ),
         ({"seed": -1}, "seed -1 is out of range"),

@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlkr.cli import main
+from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.evaluation.interpolation import interpolate
 from vlkr.evaluation.runs import load_run, run_config, run_dataset
 from vlkr.models.vit import load_vit
-from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_interpolation_keeps_the_head(run, vit, colors):
 
 
 def test_the_head_starts_at_the_classes_mean_features(tmp_path, vit, colors):
-    options = OptimizerOptions(lr=1e-12, weight_decay=0)
+    options = OptimizerConfig(lr=1e-12, weight_decay=0)
     run = small_run(tmp_path / "run", vit, colors, optimizer=options).output
     split = [json.loads(line) for line in (run / "split.jsonl").read_text().splitlines()]
     bundle = load_vit(vit)
@@ -125,8 +125,8 @@ def test_zero_shot_of_a_model_without_text_is_refused(vit, colors, capsys):
 
 
 def test_adapters_can_match_a_budget(tmp_path, vit, colors):
-    adapter = AdapterOptions("lora", match="kradapter")
-    trainer = TrainerOptions(epochs=1, accelerator="cpu", progress=False)
+    adapter = AdapterConfig("lora", match="kradapter")
+    trainer = TrainerConfig(epochs=1, accelerator="cpu", progress=False)
     data = DataOptions(root=colors, shots=1, batch_size=4, min_steps_per_epoch=1)
     result = small_run(tmp_path / "run", vit, colors, adapter=adapter, trainer=trainer, data=data)
     assert result.evaluation.context["options"]["rank"] >= 1

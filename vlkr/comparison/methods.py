@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from vlkr.adapters.registry import ADAPTERS, adapter_class, check_options
 from vlkr.comparison.options import PROBE, ZERO_SHOT, GridConfig, MethodConfig
+from vlkr.config import AdapterConfig
 from vlkr.errors import VlkrError
 from vlkr.models.names import is_timm
-from vlkr.training.options import AdapterOptions
 
 CellKind = Literal["zero-shot", "probe", "adapter", "run"]
 
@@ -29,7 +29,7 @@ class Method:
 
     label: str
     kind: CellKind
-    adapter: AdapterOptions = AdapterOptions()
+    adapter: AdapterConfig = AdapterConfig()
     match_options: dict[str, Any] = field(default_factory=dict)
     settings: list[dict[str, float]] = field(default_factory=lambda: [{}])
 
@@ -122,7 +122,7 @@ def _resolve(
             f"method {label!r} has its own {size}, and budget {grid.budget!r} chooses it; "
             "leave one of them out (budget: own)"
         )
-    adapter = AdapterOptions(
+    adapter = AdapterConfig(
         name, grid.targets, grid.towers, grid.blocks, options, match if matched else None
     )
     settings = [

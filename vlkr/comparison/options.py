@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vlkr.config import OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions
-from vlkr.training.options import OptimizerOptions, TrainerOptions
 
 ZERO_SHOT, PROBE = "zero-shot", "probe"
 Selection = Literal["training-domain", "leave-one-domain-out", "oracle"]
@@ -81,8 +81,8 @@ class GridConfig:
     towers: list[str] = field(default_factory=lambda: ["visual", "text"])
     blocks: list[int] | None = None
     data: DataOptions = DataOptions()
-    optimizer: OptimizerOptions = OptimizerOptions()
-    trainer: TrainerOptions = TrainerOptions()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: TrainerConfig = TrainerConfig()
     jobs: int = 1
     launcher: str = "local"
     cell: list[str] | None = None

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from vlkr.comparison.methods import CellKind, Method
 from vlkr.comparison.options import ZERO_SHOT, GridConfig
+from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions, Dataset
 from vlkr.errors import VlkrError
 from vlkr.files import resource
 from vlkr.models.names import absolute_names
-from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
 #: names of a place in the grid, e.g. ``{"dataset": "digits", "shots": 4}``.
 Place = dict[str, Any]
@@ -74,10 +74,10 @@ class Cell:
     data: DataOptions
     sets: tuple[EvalSet, ...]
     seed: int | None = None
-    adapter: AdapterOptions = AdapterOptions()
+    adapter: AdapterConfig = AdapterConfig()
     match_options: Mapping[str, Any] = field(default_factory=dict)
-    optimizer: OptimizerOptions = OptimizerOptions()
-    trainer: TrainerOptions = TrainerOptions()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: TrainerConfig = TrainerConfig()
     run: Path | None = None
     run_sha256: str | None = None
 
@@ -97,9 +97,9 @@ class Cell:
                 **value,
                 "data": DataOptions.read(value["data"]),
                 "sets": sets,
-                "adapter": AdapterOptions(**value["adapter"]),
-                "optimizer": OptimizerOptions(**value["optimizer"]),
-                "trainer": TrainerOptions(**value["trainer"]),
+                "adapter": AdapterConfig(**value["adapter"]),
+                "optimizer": OptimizerConfig(**value["optimizer"]),
+                "trainer": TrainerConfig(**value["trainer"]),
                 "run": value["run"] and Path(value["run"]),
             }
         )

@@ -1,17 +1,143 @@
-"""The command ``vlkr predict``. Heavy imports wait until it runs, so that help is quick."""
+"""``vlkr predict``: images through an exported model, shown as a table, JSON Lines or CSV."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import TextColumn
+from rich.table import Table
+from torch import Tensor
+
+from vlkr.datasets.images import decode_image
 from vlkr.datasets.lists import image_files
-from vlkr.datasets.samples import IMAGE_EXTENSIONS
+from vlkr.datasets.samples import IMAGE_EXTENSIONS, BadSample, Sample, read_image
 from vlkr.errors import VlkrError
-from vlkr.export.predictions import Predictions
+from vlkr.export.export import load_export, read_manifest
+from vlkr.export.formats import Exported
 from vlkr.files import check_free, write_text
+from vlkr.runtime import parallel_map, progress_bar
 
 FORMATS = ("table", "jsonl", "csv")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most likely classes of one image.
+
+    Attributes:
+        image: its path.
+        labels: class names, the most likely first; empty for an unreadable image.
+        probabilities: of these classes.
+        error: why the image is unreadable.
+    """
+
+    image: str
+    labels: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the first choice, and all of them if there are several."""
+        if self.error is not None:
+            return {"image": self.image, "error": self.error}
+        top = [
+            {"label": label, "probability": round(probability, 6)}
+            for label, probability in zip(self.labels, self.probabilities, strict=True)
+        ]
+        return {"image": self.image, **top[0], **({"top": top} if len(top) > 1 else {})}
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The most likely classes of all images.
+
+    Attributes:
+        predictions: in the order of the images.
+        context: model, format, dtype and what the model was made from.
+        format: ``table``, ``jsonl`` or ``csv``.
+        output: file they are written to, None to show them.
+    """
+
+    predictions: list[Prediction]
+    context: dict[str, Any]
+    format: str = "table"
+    output: Path | None = None
+
+    @property
+    def failed(self) -> int:
+        """Number of unreadable images."""
+        return sum(p.error is not None for p in self.predictions)
+
+    @property
+    def exit_code(self) -> int:
+        """1 if an image is unreadable."""
+        return int(self.failed > 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all predictions with their context."""
+        return {
+            **self.context,
+            "images": len(self.predictions),
+            "failed": self.failed,
+            "predictions": [p.to_json() for p in self.predictions],
+        }
+
+    def text(self) -> str:
+        """Return JSON Lines or CSV."""
+        if self.format == "jsonl":
+            lines = (json.dumps(p.to_json(), ensure_ascii=False) for p in self.predictions)
+            return "".join(f"{line}\n" for line in lines)
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerows(self._rows())
+        return buffer.getvalue()
+
+    def show(self, console: Console) -> None:
+        """Print the predictions, or where they were written."""
+        number = len(self.predictions)
+        note = f"{number} image{'s' * (number != 1)}"
+        note += f", {self.failed} of them could not be read" if self.failed else ""
+        if self.output is not None:
+            console.print(f"{note}. Written to {self.output}", highlight=False, markup=False)
+        elif self.format == "table":
+            caption = ", ".join(f"{key} {value}" for key, value in self.context.items())
+            table = Table(title=note, title_justify="left")
+            header, *rows = self._rows()
+            table.add_column(header[0], overflow="fold")
+            for name in header[1:-1]:
+                table.add_column(name, justify="right" if "prob" in name else "left")
+            for *cells, error in rows:
+                if error:
+                    cells[1] = f"({error})"
+                table.add_row(*map(escape, cells))
+            console.print(table)
+            console.print(caption, style="dim", highlight=False, markup=False)
+        else:
+            console.file.write(self.text())
+
+    def _rows(self) -> list[list[str]]:
+        count = max((len(p.labels) for p in self.predictions), default=1) or 1
+        header = ["image"]
+        for suffix in ("", *(f"_{i}" for i in range(2, count + 1))):
+            header += [f"label{suffix}", f"probability{suffix}"]
+        rows = [[*header, "error"]]
+        for p in self.predictions:
+            cells = [p.image]
+            for label, probability in zip(p.labels, p.probabilities, strict=True):
+                cells += [label, f"{probability:.4f}"]
+            rows.append([*cells, *[""] * (len(header) - len(cells)), p.error or ""])
+        return rows
 
 
 def predict(
@@ -25,45 +151,44 @@ def predict(
     device: str = "auto",
     force: bool = False,
 ) -> Predictions:
-    """Classifies images with an exported model.
+    """Classify images with an exported model.
 
-    An image that cannot be read is told of in its row; the others are classified all the same, and
-    the exit status is 1.
+    An unreadable image is reported in its row; the others are classified all the same, and the
+    exit status is 1.
 
     Args:
-        model: a folder written by ``vlkr export``, of any format.
-        images: files, and folders whose images are found at any depth.
+        model: folder written by ``vlkr export``, of any format.
+        images: files, and folders that are searched for images at any depth.
         format: ``table``, ``jsonl`` or ``csv``.
-        top_k: classes an image.
-        output: a file to write, as its ending (``.jsonl``, ``.csv``) or ``format`` tells, in place
-            of showing the predictions.
-        batch_size: images at a time.
-        num_workers: processes that decode images; 0 does it in the main one.
+        top_k: number of classes per image.
+        output: file to write instead of printing; its extension (``.jsonl``, ``.csv``) or
+            ``format`` sets the format.
+        batch_size: number of images per batch.
+        num_workers: number of processes that decode images; 0 decodes in the main process.
         device: ``auto``, ``cpu``, ``cuda``, ...
-        force: replace the file that is there.
+        force: replace an existing file.
 
     Raises:
         VlkrError: if the model or a path is missing, or an option is out of range.
     """
-    from vlkr.export.classify import classify
-    from vlkr.export.exporter import load_export, read_manifest
-
     _check(format, top_k, batch_size, num_workers, output, force)
     if output is not None and format == "table":
         format = _format_of(output)
     paths = list(_image_paths(images))
-    predictor, manifest = load_export(model, device), read_manifest(model)
-    known = len(predictor.classifier.class_names)
-    if top_k > known:
-        raise VlkrError(f"top-k {top_k} is too large, the model knows {known} classes")
-    predictions = classify(predictor, paths, top_k, batch_size, num_workers)
+    exported, manifest = load_export(model, device), read_manifest(model)
+    num_classes = len(exported.classifier.class_names)
+    if top_k > num_classes:
+        raise VlkrError(f"top-k {top_k} is too large, the model knows {num_classes} classes")
     context = {
         "model": model.name,
-        **{key: manifest[key] for key in ("format", "dtype", "alpha")},
-        "base": manifest["base_model"],
-        "adapter": manifest["adapter"].get("name"),
-        "weights_sha256": manifest["weights_sha256"][:12],
+        "format": manifest.format,
+        "dtype": manifest.dtype,
+        "alpha": manifest.alpha,
+        "base": manifest.base_model,
+        "adapter": manifest.adapter.get("name"),
+        "weights_sha256": manifest.weights_sha256[:12],
     }
+    predictions = classify(exported, paths, top_k, batch_size, num_workers)
     result = Predictions(predictions, context, format, output)
     if output is not None:
         write_text(output, result.text())
@@ -71,15 +196,10 @@ def predict(
 
 
 def _check(
-    format_name: str,
-    top_k: int,
-    batch_size: int,
-    num_workers: int,
-    output: Path | None,
-    force: bool,
+    format: str, top_k: int, batch_size: int, num_workers: int, output: Path | None, force: bool
 ) -> None:
-    if format_name not in FORMATS:
-        raise VlkrError(f"unknown format {format_name!r}; known: {', '.join(FORMATS)}")
+    if format not in FORMATS:
+        raise VlkrError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
     for name, value, least in (
         ("top-k", top_k, 1),
         ("batch size", batch_size, 1),
@@ -94,23 +214,83 @@ def _check(
 
 
 def _format_of(output: Path) -> str:
-    found = output.suffix.removeprefix(".")
-    if found not in ("csv", "jsonl"):
+    extension = output.suffix.removeprefix(".")
+    if extension not in ("csv", "jsonl"):
         raise VlkrError(
-            f"{output} does not tell its format: name it .csv or .jsonl, or give --format csv or "
+            f"cannot tell the format of {output}: name it .csv or .jsonl, or give --format csv or "
             "jsonl"
         )
-    return found
+    return extension
 
 
 def _image_paths(given: list[Path]) -> Iterator[Path]:
     for path in given:
         if path.is_dir():
-            found = image_files(path)
-            if not found:
+            names = image_files(path)
+            if not names:
                 raise VlkrError(f"no image in {path}, expected .{' .'.join(IMAGE_EXTENSIONS)}")
-            yield from (path / name for name in found)
+            yield from (path / name for name in names)
         elif path.exists():
             yield path
         else:
             raise VlkrError(f"no file or folder {path}")
+
+
+@torch.inference_mode()
+def classify(
+    exported: Exported, paths: list[Path], top_k: int, batch_size: int, num_workers: int
+) -> list[Prediction]:
+    """Return the most likely classes of images, in their order; show progress in a terminal.
+
+    Args:
+        exported: the model.
+        paths: of the images.
+        top_k: number of classes per image.
+        batch_size: number of images per batch.
+        num_workers: number of processes that decode images; 0 decodes in this one.
+
+    Raises:
+        VlkrError: if the model's outputs are not finite.
+    """
+    predictions: list[Prediction] = []
+    decoded = parallel_map(partial(_read, exported.preprocess), paths, num_workers)
+    with progress_bar(TextColumn("{task.completed} of {task.total} images")) as progress:
+        task = progress.add_task("predict", total=len(paths))
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            items = list(islice(decoded, len(batch)))
+            predictions += _predictions(exported, batch, items, top_k)
+            progress.update(task, completed=len(predictions))
+    return predictions
+
+
+def _read(preprocess: Callable[[Image.Image], Tensor], path: Path) -> Tensor | str:
+    """Return an image's pixels, or why it is unreadable."""
+    encoded = read_image(path, path.name)
+    if isinstance(encoded, BadSample):
+        return encoded.reason
+    image = decode_image(Sample(path.name, encoded, 0))
+    return image.reason if isinstance(image, BadSample) else preprocess(image)
+
+
+def _predictions(
+    exported: Exported, paths: list[Path], items: list[Tensor | str], top_k: int
+) -> Iterator[Prediction]:
+    pixels = [item for item in items if isinstance(item, Tensor)]
+    best: Iterator[tuple[list[float], list[int]]] = iter(())
+    if pixels:
+        logits = exported.logits(torch.stack(pixels).to(exported.device))
+        if not logits.isfinite().all():
+            raise VlkrError(
+                f"the model's outputs are not finite for {paths[0]} and what follows; its weights "
+                "are damaged, or too large for their dtype"
+            )
+        top = logits.softmax(1).topk(top_k)
+        best = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    names = exported.classifier.class_names
+    for path, item in zip(paths, items, strict=True):
+        if isinstance(item, str):
+            yield Prediction(str(path), error=item)
+        else:
+            probabilities, labels = next(best)
+            yield Prediction(str(path), tuple(names[i] for i in labels), tuple(probabilities))

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.files import check_free, exclusive, write_json, write_text
 from vlkr.models.names import absolute_names
-from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
 if TYPE_CHECKING:
     from vlkr.evaluation.report import Evaluation
@@ -56,10 +56,10 @@ def adapt(
     output: Path,
     model: str = "tiny",
     pretrained: str | None = None,
-    adapter: AdapterOptions = AdapterOptions(),
+    adapter: AdapterConfig = AdapterConfig(),
     data: DataOptions = DataOptions(),
-    optimizer: OptimizerOptions = OptimizerOptions(),
-    trainer: TrainerOptions = TrainerOptions(),
+    optimizer: OptimizerConfig = OptimizerConfig(),
+    trainer: TrainerConfig = TrainerConfig(),
     seed: int = 1,
     resume: bool = False,
     force: bool = False,

@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from vlkr.adapters import ComposedOnce, adapter_parameters
 from vlkr.adapters.inject import hosts
+from vlkr.config import OptimizerConfig
 from vlkr.datasets.pipelines import Batch
 from vlkr.datasets.streaming import TrainLoader
 from vlkr.errors import VlkrError
@@ -20,7 +21,6 @@ from vlkr.models.clip import ClipBundle, encode_image, logit_scale
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
 from vlkr.training.numerics import all_finite, first_layer_not_finite, some_of
 from vlkr.training.optim import make_optimizer
-from vlkr.training.options import OptimizerOptions
 
 _MAX_LOGIT_SCALE = 10_000
 
@@ -54,7 +54,7 @@ class FewShotModule(L.LightningModule):
         bundle: ClipBundle,
         class_names: tuple[str, ...],
         templates: tuple[str, ...],
-        optimizer: OptimizerOptions,
+        optimizer: OptimizerConfig,
         seed: int,
         classes_per_step: int | None = None,
     ) -> None:

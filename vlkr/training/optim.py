@@ -6,11 +6,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from vlkr.training.options import OptimizerOptions
+from vlkr.config import OptimizerConfig
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], options: OptimizerOptions, total_steps: int
+    parameters: Iterable[nn.Parameter], options: OptimizerConfig, total_steps: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """The optimizer and its per-step schedule."""
     optimizer = torch.optim.AdamW(

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from vlkr.config import AdapterConfig
 from vlkr.errors import VlkrError
 from vlkr.evaluation.report import rich_table
 from vlkr.files import check_free
-from vlkr.training.options import AdapterOptions
 
 if TYPE_CHECKING:
     from vlkr.adapters import Projected
@@ -64,7 +64,7 @@ def project_fine_tune(
     tuned: str,
     base_pretrained: str | None = None,
     tuned_pretrained: str | None = None,
-    adapter: AdapterOptions = AdapterOptions(),
+    adapter: AdapterConfig = AdapterConfig(),
     force: bool = False,
 ) -> ProjectResult:
     """Finds the adapter that is nearest to a full fine-tune and writes it as an adapter folder.

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from vlkr.adapters import add_adapters, find_targets, match_budget, save_adapter
+from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions, Dataset, FewShotDataModule
 from vlkr.datasets.pipelines import evaluation_loader
 from vlkr.datasets.samples import View
@@ -25,7 +26,6 @@ from vlkr.models.clip import ClipBundle, encode_image, image_size
 from vlkr.runtime import is_first_process
 from vlkr.training.checkpoints import check_checkpoint
 from vlkr.training.module import FewShotModule
-from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 from vlkr.training.trainer import CHECKPOINT, fit, make_trainer, quiet_lightning
 
 
@@ -55,10 +55,10 @@ def train(
     output: Path,
     bundle: ClipBundle,
     dataset: Dataset,
-    adapter: AdapterOptions,
+    adapter: AdapterConfig,
     data: DataOptions,
-    optimizer: OptimizerOptions,
-    trainer: TrainerOptions,
+    optimizer: OptimizerConfig,
+    trainer: TrainerConfig,
     seed: int,
     *,
     resume: bool = False,

@@ -11,11 +11,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from vlkr.config import TrainerConfig
 from vlkr.errors import VlkrError
 from vlkr.runtime import quiet
 from vlkr.training.checkpoints import SealedCheckpoints
 from vlkr.training.interruption import Interruption, StoppedError
-from vlkr.training.options import TrainerOptions
 
 CHECKPOINT = "checkpoints/last.ckpt"
 # What Lightning and torch raise where a checkpoint has not the structure they wrote.
@@ -41,7 +41,7 @@ class _ProgressBar(RichProgressBar):
         return metrics
 
 
-def make_trainer(output: Path, options: TrainerOptions, grad_clip: float) -> L.Trainer:
+def make_trainer(output: Path, options: TrainerConfig, grad_clip: float) -> L.Trainer:
     """A trainer that logs to ``output`` and writes its checkpoint there after each epoch.
 
     Args:

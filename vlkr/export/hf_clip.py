@@ -1,13 +1,20 @@
-"""open_clip's weights by the names of transformers' ``CLIPModel``."""
+"""CLIP in the terms of transformers: which models fit, weight names, and the tokenizer."""
 
 from __future__ import annotations
 
+import json
 import re
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
 
 from vlkr.errors import VlkrError
+from vlkr.export.formats import named_if_missing
+from vlkr.files import write_text
+from vlkr.models.clip import ClipBundle, clip_bpe, save_tokenizer
 
 _NAMES = {
     "logit_scale": "logit_scale",
@@ -32,12 +39,13 @@ _BLOCK = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+_TOKENS = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
 
 
-def misfit(model: nn.Module) -> str | None:
-    """Why open_clip's model is none that ``CLIPModel`` can be; None if it is one.
+def clip_mismatch(model: nn.Module) -> str | None:
+    """Return why open_clip's model cannot be a ``CLIPModel``; None if it can.
 
-    Whether there is a place for each weight :func:`convert` finds out.
+    :func:`convert_weights` finds out whether each weight has a place there.
     """
     kind, visual = type(model).__name__, getattr(model, "visual", None)
     text: Any = getattr(model, "text", model)
@@ -66,16 +74,16 @@ def misfit(model: nn.Module) -> str | None:
             f"its {tower} tower has the activation {' '.join(sorted(activations))}, expected GELU "
             "or QuickGELU": not activations <= {"GELU", "QuickGELU"},
         }
-    return next((what for what, wrong in checks.items() if wrong), None)
+    return next((mismatch for mismatch, applies in checks.items() if applies), None)
 
 
-def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict by transformers' names; fused in_proj is split, projections are transposed.
+def convert_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a state dict for ``CLIPModel``; split fused in_proj, transpose projections.
 
     Raises:
         VlkrError: naming a weight that has no place there.
     """
-    found: dict[str, Tensor] = {}
+    converted: dict[str, Tensor] = {}
     for key, tensor in state.items():
         plain = key.removeprefix("text.")
         block = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](\w+)", plain)
@@ -85,13 +93,56 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
             prefix, module, kind = f"{tower}.encoder.layers.{block[2]}.", block[3], block[4]
         if module == "attn.in_proj":
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                found[f"{prefix}self_attn.{letter}_proj.{kind}"] = part
+                converted[f"{prefix}self_attn.{letter}_proj.{kind}"] = part
         elif module in _BLOCK:
-            found[f"{prefix}{_BLOCK[module]}.{kind}"] = tensor
+            converted[f"{prefix}{_BLOCK[module]}.{kind}"] = tensor
         elif plain in _NAMES:
-            transposed = plain in ("visual.proj", "text_projection")
-            found[_NAMES[plain]] = tensor.T if transposed else tensor
+            is_transposed = plain in ("visual.proj", "text_projection")
+            converted[_NAMES[plain]] = tensor.T if is_transposed else tensor
         else:
             raise VlkrError(f"it has no place for {key}")
-    found["logit_scale"] = found["logit_scale"].reshape(())
-    return {key: tensor.detach().contiguous() for key, tensor in found.items()}
+    converted["logit_scale"] = converted["logit_scale"].reshape(())
+    return {key: tensor.detach().contiguous() for key, tensor in converted.items()}
+
+
+def clip_tokenizer(bundle: ClipBundle) -> Any:
+    """Return transformers' tokenizer with the same ids as open_clip's.
+
+    Texts are not repaired first (mojibake, HTML entities), which open_clip does with ftfy.
+
+    Raises:
+        VlkrError: if the model's tokenizer is not CLIP's own.
+    """
+    vocabulary, merges = clip_bpe(bundle)
+    ids = {_TOKENS.get(token, token): index for token, index in vocabulary.items()}
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+    with named_if_missing("CLIP's tokenizer"):
+        transformers: Any = import_module("transformers")  # optional, and slow to import
+    with TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+        Path(folder, "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+        return transformers.CLIPTokenizerFast.from_pretrained(
+            folder, model_max_length=context_length(bundle)
+        )
+
+
+def context_length(bundle: ClipBundle) -> int:
+    """Return the number of tokens per text."""
+    return int(bundle.tokenizer([""]).shape[1])
+
+
+def write_tokenizer(bundle: ClipBundle, folder: Path) -> None:
+    """Write the tokenizer's own files, or CLIP's as ``tokenizer.json``.
+
+    The latter truncates and pads as open_clip does.
+
+    Raises:
+        VlkrError: for a tokenizer that cannot be written.
+    """
+    if save_tokenizer(bundle, folder):
+        return
+    tokenizer = clip_tokenizer(bundle).backend_tokenizer
+    length = context_length(bundle)
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=0, pad_token="!")
+    write_text(folder / "tokenizer.json", tokenizer.to_str())
