@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vlkr.datasets import shards
-from vlkr.datasets.roots import LocalRoot
+from vlkr.datasets.remote import LocalRoot
 from vlkr.datasets.samples import good_samples
 from vlkr.datasets.shards import ShardSource, shard_names
 from vlkr.errors import VlkrError

@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from vlkr.cli import main
-from vlkr.comparison.html import html_page
-from vlkr.comparison.tables import Table
 from vlkr.datasets import load_dataset
 from vlkr.datasets.cards import load_card
 from vlkr.datasets.images import decode_image
@@ -28,6 +26,8 @@ from vlkr.evaluation.metrics import Confused
 from vlkr.evaluation.report import DatasetResult, Evaluation, evaluation_markdown
 from vlkr.files import read_json, read_yaml
 from vlkr.models.clip import load_clip
+from vlkr.reporting.page import html_page
+from vlkr.reporting.table import Table
 from vlkr.runs import RunFolder
 
 pytestmark = pytest.mark.faults

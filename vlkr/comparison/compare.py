@@ -34,17 +34,10 @@ from vlkr.comparison.plan import (
 )
 from vlkr.comparison.report import Picture, Report, standard_report
 from vlkr.comparison.results import GridResults, SelectedRuns
-from vlkr.comparison.tables import (
-    Table,
-    Values,
-    compare_to_reference,
-    mean_over,
-    mean_row,
-    mean_std,
-    method_table,
-)
+from vlkr.comparison.tables import Values, compare_to_reference, mean_over, mean_row, method_table
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
+from vlkr.reporting.table import Table, mean_std
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,12 @@ from vlkr.comparison.plan import (
 )
 from vlkr.comparison.report import Picture, Report, standard_report
 from vlkr.comparison.results import GridResults, SelectedRuns
-from vlkr.comparison.tables import Table, Values, compare_to_reference, mean_std, method_table
+from vlkr.comparison.tables import Values, compare_to_reference, method_table
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.evaluation.metrics import base_to_new
 from vlkr.models.names import is_timm
+from vlkr.reporting.table import Table, mean_std
 from vlkr.runs import RunFolder, method_labels
 
 NEW = " (new classes)"

@@ -15,10 +15,10 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from vlkr.caching import MissingError
 from vlkr.datasets.images import check_format
 from vlkr.datasets.lists import SPLITS
-from vlkr.datasets.remote import MissingError
-from vlkr.datasets.roots import LocalRoot, Root
+from vlkr.datasets.remote import LocalRoot, Root
 from vlkr.datasets.samples import (
     IMAGE_EXTENSIONS,
     MAX_BYTES,

@@ -55,7 +55,7 @@ def evaluate(
         device: ``auto``, ``cpu``, ``cuda``, ...
         devices: processes that share the images; under ``torchrun`` its number counts.
         cache: keep class embeddings, and image features of an image tower without adapters, in
-            ``$VLKR_CACHE`` (``~/.cache/vlkr``), at most 4 GiB.
+            ``$VLKR_CACHE`` (``~/.cache/vlkr``), within ``$VLKR_CACHE_GB``.
         keep_predictions: write what is said of each image, ``predictions/DATASET.jsonl``.
         max_bad: of each dataset, images that cannot be used are left out, up to so many.
         output: folder for ``metrics.json``, ``report.md``, ``confusion.json`` and

@@ -10,9 +10,9 @@ from dataclasses import replace
 from rich.progress import TextColumn
 from torch import Tensor, nn
 
+from vlkr.caching import cached_tensors
 from vlkr.datasets import Dataset, load_dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation.cache import cached
 from vlkr.evaluation.features import Measured, feature_batches, measured
 from vlkr.evaluation.metrics import (
     classification_metrics,
@@ -198,7 +198,7 @@ def dataset_embeddings(subject: Measured, dataset: Dataset, *, cache: bool) -> T
         "class_names": dataset.class_names,
         "templates": dataset.templates,
     }
-    return cached("class_embeddings", key, make)[0]["embeddings"].to(subject.device)
+    return cached_tensors("class_embeddings", key, make)[0]["embeddings"].to(subject.device)
 
 
 def _logits(model: nn.Module, features: Tensor, embeddings: Tensor) -> Tensor:
