@@ -21,6 +21,7 @@ from types import FrameType
 from typing import NamedTuple, TextIO
 
 from vlkr.errors import VlkrError
+from vlkr.reporting.table import show
 from vlkr.version import __version__
 
 
@@ -295,5 +296,6 @@ def _run(name: str, arguments: list[str]) -> int:
         print(json.dumps(result.to_json(), indent=2))
     else:
         # As wide as the terminal, as $COLUMNS, or in a file as tables need.
-        result.show(Console(width=shutil.get_terminal_size((160, 24)).columns))
+        console = Console(width=shutil.get_terminal_size((160, 24)).columns)
+        result.show(console) if hasattr(result, "show") else show(result, console)
     return int(getattr(result, "exit_code", 0))

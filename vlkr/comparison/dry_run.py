@@ -17,7 +17,7 @@ from vlkr.adapters.targets import bias_targets
 from vlkr.comparison.plan import Cell, Plan
 from vlkr.datasets import DataOptions, Dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation.report import rich_table
+from vlkr.reporting.table import Table
 
 UNKNOWN = "unknown"
 _MAX_REASONS = 3
@@ -56,7 +56,7 @@ class DryRun:
 
     def show(self, console: Console) -> None:
         """Prints the plan."""
-        console.print(rich_table(self.rows, f"Plan of vlkr {self.plan.command}"))
+        console.print(Table.of(f"Plan of vlkr {self.plan.command}", self.rows).rich())
         steps = UNKNOWN if self.steps is None else f"{self.steps:,}"
         console.print(f"{self.cells} cells, {steps} training steps in all", highlight=False)
         context = ", ".join(f"{key} {value}" for key, value in self.plan.context.items())

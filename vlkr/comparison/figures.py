@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from vlkr.comparison.plan import Place
 from vlkr.comparison.results import GridResults
-from vlkr.evaluation.plots import plot_reliability, save_figure
-from vlkr.evaluation.report import DatasetResult, ReliabilityBin
+from vlkr.reporting.figures import Bin, reliability, save_figure
+from vlkr.reporting.table import percent
 
 #: a method's values in a place, one per seed.
 At = Callable[[str, Place], list[float]]
@@ -125,22 +125,17 @@ def plot_bars(
 
 def plot_calibration(results: GridResults, place: Place, name: str, path: Path) -> None:
     """A reliability diagram per method with results, on one set, each with its first seed."""
-    diagrams = []
+    diagrams: dict[str, list[Bin]] = {}
     for method in results.methods:
         runs = results.at(method, place)
         if runs is not None:
             record = runs.results[0].sets[name]
-            diagrams.append(
-                DatasetResult(
-                    f"{method} on {name}",
-                    record["split"],
-                    record["images"],
-                    record["templates"],
-                    record["metrics"],
-                    reliability=[ReliabilityBin(**part) for part in record["reliability"]],
-                )
-            )
-    plot_reliability(diagrams, path)
+            number, ece = record["images"], percent(record["metrics"]["ece"])
+            diagrams[f"{method} on {name}\n{number} images, ECE {ece} %"] = [
+                Bin(b["lower"], b["upper"], b["confidence"], b["accuracy"], b["images"] / number)
+                for b in record["reliability"]
+            ]
+    reliability(path, diagrams)
 
 
 def _plain(axes: Axes) -> None:

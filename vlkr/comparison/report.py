@@ -21,7 +21,6 @@ from vlkr.comparison.tables import (
     difference_table,
     failure_table,
 )
-from vlkr.evaluation.report import markdown_table, rich_table
 from vlkr.files import write_json, write_text
 from vlkr.reporting.page import html_page
 from vlkr.reporting.table import Table
@@ -101,8 +100,7 @@ class Report:
         """Prints the main tables, their context and where the rest is."""
         for table in self.all_tables:
             if table.brief:
-                cells = [list(row) for row in (table.header, *table.rows)]
-                console.print(rich_table(cells, table.title, table.note))
+                console.print(table.rich())
         console.print(self.caption(), style="dim", highlight=False, markup=False)
         page = self.output / "report.html"
         note = "also .md, .tex, results.csv, results.json"
@@ -177,8 +175,7 @@ def markdown(report: Report) -> str:
     parts = [f"# {report.title}\n\n{report.caption()}.\n"]
     for table in report.all_tables:
         note = f"\n{table.note}.\n" if table.note else ""
-        cells = [list(row) for row in (table.header, *table.rows)]
-        parts.append(f"## {table.title}\n\n{markdown_table(cells)}{note}")
+        parts.append(f"## {table.title}\n\n{table.markdown()}{note}")
     parts += [
         f"## {picture.title}\n\n![{picture.title}](plots/{picture.name}.png)\n"
         for picture in report.pictures
