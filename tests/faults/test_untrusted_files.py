@@ -29,11 +29,11 @@ from vlkr.datasets.splits import read_split
 from vlkr.errors import VlkrError
 from vlkr.evaluation.metrics import Confused
 from vlkr.evaluation.report import DatasetResult, Evaluation, evaluation_markdown
-from vlkr.evaluation.runs import run_config, run_options
 from vlkr.files import read_json, read_yaml
 from vlkr.models.clip import load_clip
 from vlkr.reporting.page import html_page
 from vlkr.reporting.table import Table
+from vlkr.runs import RunFolder
 
 pytestmark = pytest.mark.faults
 
@@ -422,7 +422,7 @@ def test_any_configuration_of_a_run(tmp_path_factory, case, data):
             break
     (run / "config.yaml").write_text(json.dumps(config))
     with case(FUZZ), suppress(VlkrError):
-        run_options(run_config(run)).load()
+        RunFolder.open(run).dataset()
     shutil.rmtree(run)
 
 
