@@ -21,7 +21,6 @@ from types import FrameType
 from typing import NamedTuple, TextIO
 
 from vlkr.errors import VlkrError
-from vlkr.reporting.table import show
 from vlkr.version import __version__
 
 
@@ -247,6 +246,7 @@ def _run(name: str, arguments: list[str]) -> int:
     from rich.console import Console
 
     from vlkr.arguments import explain, kebab, named, normalise, plain, shipped_config
+    from vlkr.reporting.table import show
     from vlkr.runtime import is_first_process
 
     module_name, function_name = COMMANDS[name].function.split(":")
@@ -297,5 +297,8 @@ def _run(name: str, arguments: list[str]) -> int:
     else:
         # As wide as the terminal, as $COLUMNS, or in a file as tables need.
         console = Console(width=shutil.get_terminal_size((160, 24)).columns)
-        result.show(console) if hasattr(result, "show") else show(result, console)
+        if hasattr(result, "tables"):
+            show(result, console)
+        else:
+            result.show(console)
     return int(getattr(result, "exit_code", 0))
