@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -96,19 +94,6 @@ def test_references_that_do_not_fit(run, small, colors, tmp_path):
     ):
         with pytest.raises(VlkrError, match=message):
             evaluate(model=small, datasets=datasets, reference=[tmp_path / reference])
-
-
-def test_help_is_instant():
-    # No library that takes seconds to import.
-    code = (
-        "import sys; from vlkr.cli import main\n"
-        "for name in ('evaluate', 'interpolate'):\n"
-        "    try: main([name, '--help'])\n"
-        "    except SystemExit: pass\n"
-        "print([m for m in ('torch', 'torchmetrics', 'lightning') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_json_is_all_there_is_on_stdout(run, capsys):

@@ -297,9 +297,9 @@ def test_effective_robustness_of_extreme_accuracies():
 
 
 def test_effective_robustness_without_a_line():
-    with pytest.raises(VlkrError, match=r"accuracies at home \[0\.5\] make no line"):
+    with pytest.raises(VlkrError, match=r"different in-distribution accuracies, got \[0\.5\]"):
         effective_robustness(0.5, 0.5, [(0.5, 0.5)])
-    with pytest.raises(VlkrError, match="make no line"):
+    with pytest.raises(VlkrError, match="cannot fit a robustness baseline"):
         effective_robustness(0.5, 0.5, [(0.5, 0.5), (0.5, 0.6)])
     with pytest.raises(VlkrError, match=r"accuracy 63\.3 is out of range"):
         effective_robustness(63.3, 0.5, [(0.5, 0.5), (0.6, 0.6)])

@@ -163,12 +163,12 @@ class Interpolation:
 
 def interpolate(
     run: Path,
-    datasets: Sequence[str] | None = None,
+    datasets: list[str] | None = None,
     shifts: bool = True,
-    alphas: Sequence[float] | None = None,
+    alphas: list[float] | None = None,
     save: str | None = None,
     split: str = "test",
-    templates: Sequence[str] | None = None,
+    templates: list[str] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     device: str = "auto",
