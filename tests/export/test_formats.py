@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from vlkr.adapters import merge_adapters
+from vlkr.adapters import merge_and_unload
 from vlkr.cli import main
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
@@ -48,7 +48,7 @@ TRACED = [pytest.param(name, marks=pytest.mark.slow) for name in ("onnx", "torch
 
 def merged(run):
     bundle, _ = load_run(run)
-    merge_adapters(bundle.model)
+    merge_and_unload(bundle.model)
     return bundle
 
 

@@ -12,7 +12,7 @@ from helpers import tree
 from peft import PeftModel
 from PIL import Image
 
-from vlkr.adapters import load_adapter, merge_adapters
+from vlkr.adapters import load_adapter, merge_and_unload
 from vlkr.errors import VlkrError
 from vlkr.evaluation.runs import load_run
 from vlkr.export import timm as timm_export
@@ -23,7 +23,7 @@ from vlkr.models.clip import clip_shapes, load_clip
 
 def merged(run):
     bundle, _ = load_run(run)
-    merge_adapters(bundle.model)
+    merge_and_unload(bundle.model)
     return bundle
 
 

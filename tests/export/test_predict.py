@@ -11,7 +11,7 @@ from helpers import COLORS, color_image, tree
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vlkr.adapters import merge_adapters
+from vlkr.adapters import merge_and_unload
 from vlkr.cli import main
 from vlkr.evaluation.runs import load_run, run_dataset
 from vlkr.export.export import export
@@ -51,7 +51,7 @@ def expected(run, paths):
     """Probabilities by the merged model."""
     bundle, config = load_run(run)
     dataset = run_dataset(config)
-    merge_adapters(bundle.model)
+    merge_and_unload(bundle.model)
     images = [Image.open(path).convert("RGB") for path in paths]
     pixels = torch.stack([bundle.preprocess(image) for image in images])
     prompts = tokenize_prompts(bundle.tokenizer, dataset.class_names, dataset.templates)

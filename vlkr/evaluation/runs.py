@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from vlkr.adapters import load_adapter, save_adapter, set_adapter_scale
-from vlkr.adapters.inject import placed_adapters
+from vlkr.adapters.inject import injected_adapters
 from vlkr.datasets import DataOptions, Dataset, load_dataset
 from vlkr.datasets.samples import View
 from vlkr.datasets.transforms import to_tensor
@@ -117,7 +117,7 @@ def run_context(bundle: ClipBundle, config: dict[str, Any]) -> dict[str, Any]:
 
 def adapter_scale(bundle: ClipBundle) -> float:
     """The factor of a model's adapters, 1 as they are trained."""
-    return placed_adapters(bundle.model)[0].scale
+    return injected_adapters(bundle.model)[0].scale
 
 
 def run_labels(runs: Mapping[Path, dict[str, Any]]) -> dict[Path, str]:
