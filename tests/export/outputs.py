@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from vlkr.adapters import merge_adapters, set_adapter_scale
-from vlkr.evaluation.runs import load_run, run_dataset
 from vlkr.models.zero_shot import class_embeddings
+from vlkr.runs import RunFolder
 
 
 class Outputs(NamedTuple):
@@ -18,21 +18,21 @@ class Outputs(NamedTuple):
 
 def merged(run):
     """The bundle of a run, its adapters merged."""
-    bundle, _ = load_run(run)
+    bundle = RunFolder.open(run).load_model()
     merge_adapters(bundle.model)
     return bundle
 
 
 def prompts_of(run):
     """Class names, and prompts class by class."""
-    dataset = run_dataset(load_run(run)[1])
+    dataset = RunFolder.open(run).dataset()
     prompts = [t.replace("{c}", c) for c in dataset.class_names for t in dataset.templates]
     return list(dataset.class_names), prompts
 
 
 @torch.no_grad()
 def outputs(run, images, scale=1):
-    bundle, _ = load_run(run)
+    bundle = RunFolder.open(run).load_model()
     set_adapter_scale(bundle.model, scale)
     names, prompts = prompts_of(run)
     pixels = torch.stack([bundle.preprocess(image) for image in images])

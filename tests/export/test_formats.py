@@ -23,8 +23,6 @@ from vlkr.cli import main
 from vlkr.datasets import load_dataset
 from vlkr.errors import VlkrError
 from vlkr.evaluation.interpolation import interpolate
-from vlkr.evaluation.runs import load_run
-from vlkr.export import export as export_module
 from vlkr.export import onnx as onnx_module
 from vlkr.export import open_clip as open_clip_module
 from vlkr.export import parity
@@ -32,6 +30,7 @@ from vlkr.export.export import export
 from vlkr.export.formats import Preprocessing
 from vlkr.export.hf_clip import write_tokenizer
 from vlkr.models.clip import load_clip
+from vlkr.runs import RunFolder
 
 COMMON = {"README.md", "class_embeddings.safetensors", "vlkr_export.json"}
 FILES = {
@@ -77,7 +76,7 @@ def test_writes_its_files_and_compares_itself(name, run, vit_run, exported):
     assert manifest["parity"]["same_predictions"] == 1
     assert manifest["parity"]["min_image_cosine"] >= 0.99999
     assert (manifest["parity"]["min_text_cosine"] is None) == (name == "timm")
-    assert manifest["base_sha256"] == load_run(source)[0].weights_hash
+    assert manifest["base_sha256"] == RunFolder.open(source).load_model().weights_hash
     assert manifest["adapter"]["name"] == "kradapter"
 
 
@@ -286,12 +285,14 @@ def _spoil_logits(monkeypatch):
 
 def _spoil_run(parameter):
     def spoil(monkeypatch):
-        def load_broken(folder):
-            bundle, config = load_run(folder)
-            bundle.model.get_parameter(parameter).data.fill_(torch.nan)
-            return bundle, config
+        load_model = RunFolder.load_model
 
-        monkeypatch.setattr(export_module, "load_run", load_broken)
+        def load_broken(folder):
+            bundle = load_model(folder)
+            bundle.model.get_parameter(parameter).data.fill_(torch.nan)
+            return bundle
+
+        monkeypatch.setattr(RunFolder, "load_model", load_broken)
 
     return spoil
 

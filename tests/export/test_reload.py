@@ -20,8 +20,8 @@ from helpers import ROOT
 from safetensors.torch import load_file, save_file
 
 from vlkr.cli import main
-from vlkr.evaluation.runs import load_run
 from vlkr.export.export import export
+from vlkr.runs import RunFolder
 
 SHARD = ROOT / "data" / "digits" / "test" / "0.tar"
 COUNT = 96
@@ -169,7 +169,7 @@ BLOCKED = {
 def reload(cwd, lines, run, blocked, count=COUNT):
     """Runs the lines that load exports, by the exports' names, and what a user does next."""
     names, prompts = prompts_of(run)
-    bundle, _ = load_run(run)
+    bundle = RunFolder.open(run).load_model()
     tokens = bundle.tokenizer(prompts).tolist() if bundle.has_text else []
     parts = [START]
     for name, (format_name, text) in lines.items():

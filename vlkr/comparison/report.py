@@ -12,12 +12,10 @@ from typing import Any
 
 from rich.console import Console
 
-from vlkr.comparison.html import html_page
 from vlkr.comparison.plan import slug
 from vlkr.comparison.results import CellResult, GridResults
 from vlkr.comparison.tables import (
     Difference,
-    Table,
     choice_table,
     cost_table,
     difference_table,
@@ -25,6 +23,8 @@ from vlkr.comparison.tables import (
 )
 from vlkr.evaluation.report import markdown_table, rich_table
 from vlkr.files import write_json, write_text
+from vlkr.reporting.page import html_page
+from vlkr.reporting.table import Table
 
 DIFFERENCES = (
     "Paired by seed and by image; interval: bootstrap over seeds and images, 10,000 draws; p: "
