@@ -128,7 +128,7 @@ def test_a_failing_cell_stops_nobody(options, tmp_path, capsys):
     lora, bitfit, kradapter = report.results.selected
     assert lora.chosen.setting["lr"] == 1e-2
     assert (len(lora.results), len(bitfit.results), len(kradapter.results)) == (2, 0, 2)
-    assert any("1e+30" in row[0] for row in report.all_tables[-1].rows)
+    assert any("1e+30" in row[0] for row in report.tables()[-1].rows)
     assert "failed" in capsys.readouterr().err
     folder = CellFolder.of(report.output, next(iter(failures)))
     assert "Traceback" in read_json(folder.error)["traceback"]
@@ -188,7 +188,7 @@ def test_a_locked_cell_is_left_to_its_process(options, tmp_path):
     with FileLock(folder / "lock"):
         report = compare(output, methods=["zero-shot", "probe"], **options)
     assert report.results.unfinished == [name]
-    assert (name, "not finished") in report.all_tables[-1].rows
+    assert (name, "not finished") in report.tables()[-1].rows
 
 
 @pytest.mark.parametrize("keep", [0, 40, -5])

@@ -24,6 +24,7 @@ from vlkr.comparison.tables import (
     mean_over,
     mean_row,
     method_table,
+    p_value,
     paired_by_seed,
 )
 from vlkr.errors import VlkrError
@@ -199,3 +200,10 @@ def test_a_choice_at_an_end_of_its_list_is_reported():
     assert middle.note.endswith("* the chosen setting")
     assert end.rows == (("lora", "a", "50.0", "?", "25.0 *"),)
     assert end.note.endswith("beyond which others may do better: lora")
+
+
+@pytest.mark.parametrize(
+    ("p", "text"), [(0.5, "0.500"), (0.001, "0.001"), (0.0009, "<0.001"), (None, "")]
+)
+def test_p_values(p, text):
+    assert p_value(p) == text

@@ -13,8 +13,8 @@ from vlkr.comparison.engine import CellStates, run_grid
 from vlkr.comparison.figures import (
     plot_bars,
     plot_calibration,
-    plot_home_against_shift,
     plot_over_shots,
+    plot_shift,
 )
 from vlkr.comparison.methods import base_context, resolve_methods
 from vlkr.comparison.options import GridConfig
@@ -230,7 +230,7 @@ def _pictures(
     if len(panels) > 1:
         (source, in_distribution), (shift, under_shift) = panels.items()
         draw = partial(
-            plot_home_against_shift,
+            plot_shift,
             results,
             places,
             in_distribution,

@@ -28,6 +28,7 @@ from vlkr.comparison.report import Report
 from vlkr.comparison.results import CellFolder, GridResults, read_results
 from vlkr.errors import VlkrError
 from vlkr.files import check_free, read_json, write_json
+from vlkr.reporting.table import Table
 from vlkr.runtime import progress_bar
 
 PLAN = "plan.json"
@@ -37,16 +38,21 @@ PLAN = "plan.json"
 class CellStates:
     """What ``--cell`` computed: the state of each cell by its id."""
 
+    exit_code = 0
+
     cells: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """The cells."""
         return {"cells": self.cells}
 
-    def show(self, console: Console) -> None:
-        """Prints a line per cell."""
-        for cell, state in self.cells.items():
-            console.print(f"{cell}: {state}", highlight=False, markup=False)
+    def tables(self) -> list[Table]:
+        """No table."""
+        return []
+
+    def lines(self) -> list[str]:
+        """Returns a line per cell."""
+        return [f"{cell}: {state}" for cell, state in self.cells.items()]
 
 
 def run_grid(

@@ -12,7 +12,7 @@ from typing import Any
 
 from vlkr.comparison.dry_run import DryRun
 from vlkr.comparison.engine import CellStates, run_grid
-from vlkr.comparison.figures import plot_bars, plot_calibration, plot_home_against_shift
+from vlkr.comparison.figures import plot_bars, plot_calibration, plot_shift
 from vlkr.comparison.methods import base_context, resolve_methods
 from vlkr.comparison.options import ZERO_SHOT, GridConfig
 from vlkr.comparison.plan import (
@@ -211,7 +211,7 @@ def transfer_report(results: GridResults, output: Path) -> Report:
         return runs.shift_means() if runs else []
 
     against = partial(
-        plot_home_against_shift,
+        plot_shift,
         results,
         [place],
         in_distribution,
