@@ -246,6 +246,7 @@ def _run(name: str, arguments: list[str]) -> int:
     from rich.console import Console
 
     from vlkr.arguments import explain, kebab, named, normalise, plain, shipped_config
+    from vlkr.reporting.table import show
     from vlkr.runtime import is_first_process
 
     module_name, function_name = COMMANDS[name].function.split(":")
@@ -295,5 +296,9 @@ def _run(name: str, arguments: list[str]) -> int:
         print(json.dumps(result.to_json(), indent=2))
     else:
         # As wide as the terminal, as $COLUMNS, or in a file as tables need.
-        result.show(Console(width=shutil.get_terminal_size((160, 24)).columns))
+        console = Console(width=shutil.get_terminal_size((160, 24)).columns)
+        if hasattr(result, "tables"):
+            show(result, console)
+        else:
+            result.show(console)
     return int(getattr(result, "exit_code", 0))
