@@ -96,13 +96,11 @@ def _compute(cell: Cell, folder: CellFolder) -> None:
 
 def _evaluate(cell: Cell, run: Path, resume: bool) -> tuple[Evaluation, dict[str, Any]]:
     """The evaluation of a cell, and what else its result records."""
+    config = cell.config
     trained_run = None if cell.run is None else RunFolder.open(cell.run)
-    bundle = (
-        trained_run.load_model()
-        if trained_run
-        else _model(cell.config.model, cell.config.pretrained)
-    )
-    device = {"gpu": "cuda"}.get(cell.config.trainer.accelerator, cell.config.trainer.accelerator)
+    bundle = trained_run.load_model() if trained_run else _model(config.model, config.pretrained)
+    accelerator = config.trainer.accelerator
+    device = "cuda" if accelerator == "gpu" else accelerator
     costs: dict[str, Any] = {
         "parameters": 0,
         "train_images": 0,
