@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from vlkr.errors import VlkrError
-from vlkr.files import read_json, write_json
+from vlkr.files import json_sha256, read_json, sha256_of, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,15 +69,14 @@ def cached_tensors(
     """
     import safetensors.torch  # which imports torch
 
-    address = f"{kind}/{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}"
+    address = f"{kind}/{json_sha256(key)}"
 
     def refuse(target: Path, on_size: Callable[[int], None]) -> str:
         raise MissingError("not computed yet", is_lasting=False)
 
     def write(target: Path, on_size: Callable[[int], None]) -> str:
         safetensors.torch.save_file(tensors, target, metadata=texts)
-        with target.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(target)
 
     with suppress(VlkrError), default_cache().open(address, refuse) as stream:
         content = stream.read()
@@ -202,11 +201,10 @@ class _Entry:
             facts = read_json(self.path("json"))
             if "missing" in facts and time.time() - self.last_used() / 1e9 < _BELIEVED_SECONDS:
                 raise MissingError(facts["missing"])
-            with self.path("data").open("rb") as stream:
-                if self.state() not in _verified:
-                    if hashlib.file_digest(stream, "sha256").hexdigest() != facts["sha256"]:
-                        return False
-                    _verified.add(self.state())
+            state = self.state()
+            if state not in _verified and sha256_of(self.path("data")) != facts["sha256"]:
+                return False
+            _verified.add(state)
         except MissingError:
             raise
         except (OSError, VlkrError, KeyError):
