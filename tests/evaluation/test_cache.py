@@ -79,7 +79,7 @@ def test_oldest_goes_first(folder, monkeypatch):
 
 def test_folder_that_cannot_be_written_is_a_warning(folder):
     folder.write_text("a file")
-    with pytest.warns(UserWarning, match="nothing is cached: cannot write .*--cache false"):
+    with pytest.warns(UserWarning, match="nothing is cached: cannot write .*--no-cache"):
         tensors, _ = cached("things", {}, Maker())
     assert torch.equal(tensors["x"], torch.arange(10.0))
 

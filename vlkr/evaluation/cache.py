@@ -57,7 +57,7 @@ def cached(
             safetensors.torch.save_file(tensors, temporary, metadata=texts)
         _forget_oldest(path)
     except (VlkrError, SafetensorError, OSError) as error:
-        warnings.warn(f"nothing is cached: {error}; --cache false turns it off", stacklevel=2)
+        warnings.warn(f"nothing is cached: {error}; --no-cache turns it off", stacklevel=2)
     return tensors, texts
 
 
