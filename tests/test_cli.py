@@ -79,7 +79,7 @@ def test_command_is_installed():
 
 
 POSITIONAL = {"predict": ["IMAGES"], "data pack": ["SOURCE", "DEST"]}
-POSITIONAL |= dict.fromkeys(("data verify", "data info"), ["SOURCE"])
+POSITIONAL |= {name: ["SOURCE"] for name in ("data verify", "data info")}
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -112,8 +112,11 @@ class Echo:
     def to_json(self):
         return self.options
 
-    def show(self, console):
-        console.print("shown")
+    def tables(self):
+        return []
+
+    def lines(self):
+        return ["shown"]
 
 
 def echo(

@@ -91,7 +91,7 @@ def test_zero_shot_is_vlkr_evaluate(report, options, others):
 
 
 def test_table_has_mean_and_deviation_over_seeds(report):
-    most, least = report.all_tables[:2]
+    most, least = report.tables()[:2]
     assert (most.title, least.title) == ("Top-1 accuracy, 4 shots", "Top-1 accuracy, 1 shot")
     for table, shots in ((most, "shots4"), (least, "shots1")):
         for method in ("lora", "full", "probe"):
@@ -112,7 +112,7 @@ def test_table_has_mean_and_deviation_over_seeds(report):
 
 def test_budgets_are_equal_but_for_the_ends_of_the_scale(report):
     numbers = {
-        method: int(column(report.all_tables[0], method)["trained parameters"].replace(",", ""))
+        method: int(column(report.tables()[0], method)["trained parameters"].replace(",", ""))
         for method in report.results.methods
     }
     assert numbers["lora"] == pytest.approx(numbers["kradapter"], rel=0.2)
@@ -135,7 +135,7 @@ def test_budget_counts_the_options_of_the_method_to_meet(options, tmp_path):
 
 
 def test_a_choice_at_an_end_of_its_list_is_told(report):
-    [table] = [table for table in report.all_tables if table.title == "Choice of settings"]
+    [table] = [table for table in report.tables() if table.title == "Choice of settings"]
     assert table.note.endswith("beyond which others may do better: kradapter")
 
 
@@ -260,7 +260,7 @@ def test_every_number_has_its_context(report):
 
 
 def test_cost_is_that_of_the_cells(report):
-    [table] = [t for t in report.all_tables if t.title == "Cost"]
+    [table] = [t for t in report.tables() if t.title == "Cost"]
     found = [
         read_json(path / "result.json")
         for path in (report.output / "cells").iterdir()
@@ -282,7 +282,7 @@ def test_several_datasets_have_their_mean(options, colors, tmp_path):
     report = compare(
         tmp_path / "out", datasets=[str(colors), str(other)], methods=["probe", "lora"], **options
     )
-    rows = column(report.all_tables[0], "probe")
+    rows = column(report.tables()[0], "probe")
     each = [
         [acc1(report, name, name, "probe", f"seed{seed}") for seed in (1, 2)]
         for name in ("colors", "other")
@@ -335,9 +335,9 @@ def test_wrong_options_write_nothing(options, tmp_path, changes, message):
 @pytest.mark.parametrize("points", [[(80, 60), (90, 65)], [(30, 20)]])
 def test_home_against_shift_shows_the_points_and_little_else(report, points, monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(figures.figures, "save_figure", lambda figure, path: drawn.append(figure))
     places = [{"dataset": "colors", "shots": i} for i in range(len(points))]
-    figures.plot_home_against_shift(
+    figures.plot_shift(
         report.results,
         places,
         lambda method, place: [points[place["shots"]][0] / 100],

@@ -76,7 +76,7 @@ def test_numbers_of_cells(grid):
 
 
 def test_table_is_that_of_the_predictions(report):
-    [table] = [t for t in report.all_tables if "one domain left out" in t.title]
+    [table] = [t for t in report.tables() if "one domain left out" in t.title]
     assert table.header == ("test domain, top-1 %", "zero-shot", "kradapter", "lora")
     rows = {row[0]: row[3] for row in table.rows}
     each = []
@@ -120,10 +120,10 @@ def test_rule_chooses_and_is_named(grid, tmp_path, selection):
 
 
 def test_every_table_of_accuracies_names_the_rule(report):
-    for table in report.all_tables:
+    for table in report.tables():
         if table.title != "Cost":
             assert RULES["training-domain"] in table.note
-    assert RULES["training-domain"] in report.caption()
+    assert RULES["training-domain"] in report.lines()[0]
     assert RULES["training-domain"] in (report.output / "report.md").read_text()
 
 

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -126,7 +128,7 @@ def test_a_failing_cell_stops_nobody(options, tmp_path, capsys):
     lora, bitfit, kradapter = report.results.selected
     assert lora.chosen.setting["lr"] == 1e-2
     assert (len(lora.results), len(bitfit.results), len(kradapter.results)) == (2, 0, 2)
-    assert any("1e+30" in row[0] for row in report.all_tables[-1].rows)
+    assert any("1e+30" in row[0] for row in report.tables()[-1].rows)
     assert "failed" in capsys.readouterr().err
     folder = CellFolder.of(report.output, next(iter(failures)))
     assert "Traceback" in read_json(folder.error)["traceback"]
@@ -186,7 +188,7 @@ def test_a_locked_cell_is_left_to_its_process(options, tmp_path):
     with FileLock(folder / "lock"):
         report = compare(output, methods=["zero-shot", "probe"], **options)
     assert report.results.unfinished == [name]
-    assert (name, "not finished") in report.all_tables[-1].rows
+    assert (name, "not finished") in report.tables()[-1].rows
 
 
 @pytest.mark.parametrize("keep", [0, 40, -5])
@@ -239,14 +241,46 @@ def test_a_killed_worker_fails_its_cell_and_no_other(options, tmp_path):
     assert list(report.results.cells) == ["colors-zero_shot"]
 
 
+SCRIPT = """
+import sys
+from vlkr.cli import main
+
+print("imported")
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
-def test_processes_beside_find_the_same(finished, options, tmp_path):
-    report = compare(tmp_path / "out", methods=METHODS, jobs=2, **options)
-    assert results(report.output) == results(finished.output)
-    assert {path.name for path in (report.output / "logs").iterdir()} == {
-        "process-1.log",
-        "process-2.log",
+def test_workers_find_the_same_and_run_no_script_again(finished, options, tmp_path):
+    """The command line, called by a script that does not guard its ``__main__``."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    data = options["data"]
+    chosen = {
+        "output": tmp_path / "out",
+        "methods": "[zero-shot, probe, kradapter, lora]",
+        "jobs": 2,
+        "model": options["model"],
+        "data.root": data.root,
+        "data.shots": data.shots,
+        "data.batch-size": data.batch_size,
+        "data.min-steps-per-epoch": data.min_steps_per_epoch,
+        "optimizer.lr": options["optimizer"].lr,
+        "trainer.epochs": 1,
+        "trainer.accelerator": "cpu",
+        "seeds": "[1, 2]",
     }
+    arguments = [f"--{name}={value}" for name, value in chosen.items()]
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py", "compare", *arguments],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("imported") == 1
+    assert results(tmp_path / "out") == results(finished.output)
+    logs = sorted((tmp_path / "out" / "logs").iterdir())
+    assert [path.name for path in logs] == ["process-1.log", "process-2.log"]
+    assert not any("imported" in path.read_text() for path in logs)
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def test_zero_shot_is_measured_without_being_asked_for(report):
 
 
 def test_changes_are_after_less_before(report):
-    [table] = [t for t in report.all_tables if t.title == "Change against zero-shot"]
+    [table] = [t for t in report.tables() if t.title == "Change against zero-shot"]
     before = metrics(report.output, "colors-zero_shot")
     after = [metrics(report.output, f"colors-lora-lr0.01-epochs1-seed{seed}") for seed in (1, 2)]
 
@@ -78,12 +78,12 @@ def test_runs_are_measured_as_they_are(options, colors, others, tmp_path):
         plain = evaluate(run=folder, datasets=[str(colors), *others], device="cpu")
         expected = [result.metrics["acc1"] for result in plain.results]
         assert [outcome.values(n)[i] for n in ("colors", "more", "two")] == expected
-        accuracies = report.all_tables[0]
+        accuracies = report.tables()[0]
         column = accuracies.header.index(outcome.entry.method)
         trained = read_json(folder / "metrics.json")["parameters"]
         assert trained > 0
         assert accuracies.rows[0][column] == f"{trained:,}"
-    assert "kradapter" in report.all_tables[0].header
+    assert "kradapter" in report.tables()[0].header
     assert "budget" not in report.context
 
 
@@ -95,7 +95,7 @@ def test_base_to_new_has_its_harmonic_mean(options, tmp_path):
         pixels.save(root / "yellow" / f"{i}.png")
     data = replace(options["data"], root=root, classes="base")
     report = transfer(tmp_path / "out", methods=["lora"], **(options | {"data": data}))
-    [table] = report.all_tables[:1]
+    [table] = report.tables()[:1]
     found = rows(table)
     cells = [metrics(report.output, f"colors-lora-lr0.01-epochs1-seed{seed}") for seed in (1, 2)]
     harmonic = [

@@ -13,15 +13,15 @@ from helpers import write_images, write_shards
 
 from vlkr.datasets import load_dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation.runs import load_run
 from vlkr.evaluation.zero_shot import evaluate_bundle
+from vlkr.runs import RunFolder
 from vlkr.runtime import gather, processes, rank, world_size
 
 OPTIONS = ({}, {"batch_size": 5}, {"batch_size": 3, "num_workers": 2}, {"cache": True})
 
 
 def measure(run, roots, options):
-    bundle, _ = load_run(run)
+    bundle = RunFolder.open(run).load_model()
     home, shift, strange = (load_dataset(root) for root in roots)
     found = evaluate_bundle(
         bundle,

@@ -13,7 +13,7 @@ from vlkr.evaluation.evaluate import evaluate
 from vlkr.evaluation.metrics import effective_robustness
 from vlkr.evaluation.predictions import Predictions
 from vlkr.evaluation.report import evaluation_markdown
-from vlkr.evaluation.runs import run_config
+from vlkr.runs import RunFolder
 
 
 def test_shifts_follow_the_home_card_and_are_not_doubled(small):
@@ -196,6 +196,6 @@ def test_the_test_fraction_is_the_runs_unless_it_is_given(run, colors):
     def images(**options):
         return evaluate(run=run, datasets=[str(colors)], device="cpu", **options).home.images
 
-    fraction = run_config(run)["data"]["test_fraction"]
+    fraction = RunFolder.open(run).config.data.test_fraction
     assert images() == images(test_fraction=fraction)
     assert images(test_fraction=0.9) > images() > images(test_fraction=0.1)

@@ -12,9 +12,9 @@ from vlkr.datasets import DataOptions, load_dataset
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate
 from vlkr.evaluation.interpolation import interpolate
-from vlkr.evaluation.runs import load_run, run_validation
 from vlkr.evaluation.zero_shot import evaluate_bundle
 from vlkr.models.clip import load_clip
+from vlkr.runs import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_ends_are_the_base_model_and_the_run(line, run, small, colors, shift):
 
 
 def test_between_lies_the_sum_of_weights(line, run, colors):
-    bundle, _ = load_run(run)
+    bundle = RunFolder.open(run).load_model()
     base = {name: p.detach().clone() for name, p in load_clip(bundle.name).model.named_parameters()}
     vlkr.merge_adapters(bundle.model)
     with torch.no_grad():
@@ -56,8 +56,7 @@ def test_between_lies_the_sum_of_weights(line, run, colors):
 
 
 def test_best_is_chosen_on_the_validation_images_of_the_run(line, run, colors, shift):
-    _, config = load_run(run)
-    validation = run_validation(config, None)
+    validation = RunFolder.open(run).validation()
     kept = {sample.key for sample in validation.source("val")}
     dataset = load_dataset(colors)
     assert kept <= {sample.key for sample in dataset.source("train")}
@@ -79,7 +78,7 @@ def test_own_validation_split_is_used(small, tmp_path):
     root = write_images(tmp_path / "d", 6, splits=["train", "val", "test"])
     run = tmp_path / "run"
     small_run(run, small, root)
-    validation = run_validation(load_run(run)[1], None)
+    validation = RunFolder.open(run).validation()
     expected = [sample.key for sample in load_dataset(root).source("val")]
     assert [sample.key for sample in validation.source("val")] == expected
 

@@ -13,10 +13,10 @@ from sklearn.metrics import roc_auc_score
 from vlkr.datasets import load_dataset
 from vlkr.datasets.samples import View
 from vlkr.errors import VlkrError
-from vlkr.evaluation.runs import load_run
 from vlkr.evaluation.zero_shot import evaluate_bundle
 from vlkr.hashing import weights_hash
 from vlkr.models.clip import load_clip
+from vlkr.runs import RunFolder
 
 
 def read_card(name):
@@ -73,7 +73,7 @@ def test_workers_and_batches_change_nothing(small, colors):
 
 
 def test_adapted_model_is_measured_and_comes_back(run, small, colors):
-    bundle, _ = load_run(run)
+    bundle = RunFolder.open(run).load_model()
     base = load_clip(small)
     found = evaluate_bundle(bundle, [load_dataset(colors)])
     plain = evaluate_bundle(base, [load_dataset(colors)])

@@ -14,9 +14,9 @@ from helpers import tree
 
 from vlkr.cli import main
 from vlkr.errors import VlkrError
-from vlkr.evaluation.runs import load_run
 from vlkr.export.card import base_licence
 from vlkr.export.export import export, load_input
+from vlkr.runs import RunFolder
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -186,7 +186,7 @@ def test_front_matter(card, digits_run):
 
 def test_card_tells_what_was_exported_and_from_what(card, digits_run):
     _, text = card
-    bundle, _ = load_run(digits_run)
+    bundle = RunFolder.open(digits_run).load_model()
     metrics = json.loads((digits_run / "metrics.json").read_text())["results"][0]
     for part in (
         f"| base weights, SHA-256 | {bundle.weights_hash} |",

@@ -19,13 +19,12 @@ from vlkr.cli import main
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.evaluation.interpolation import interpolate
-from vlkr.evaluation.runs import load_run
-from vlkr.export import export as export_module
 from vlkr.export import parity
 from vlkr.export.export import export
 from vlkr.export.formats import Preprocessing
 from vlkr.files import resource
 from vlkr.models.clip import load_clip
+from vlkr.runs import RunFolder
 
 COMMON = {"README.md", "class_embeddings.safetensors", "vlkr_export.json"}
 FILES = {
@@ -47,7 +46,7 @@ TRACED = [pytest.param(name, marks=pytest.mark.slow) for name in ("onnx", "torch
 
 
 def merged(run):
-    bundle, _ = load_run(run)
+    bundle = RunFolder.open(run).load_model()
     merge_adapters(bundle.model)
     return bundle
 
@@ -78,7 +77,7 @@ def test_writes_its_files_and_says_what_was_compared(name, run, vit_run, tmp_pat
     assert manifest["parity"]["images"] == images
     assert manifest["parity"]["min_image_cosine"] >= 0.99999
     assert (manifest["parity"]["min_text_cosine"] is None) == (name == "timm")
-    assert manifest["base_sha256"] == load_run(source)[0].weights_hash
+    assert manifest["base_sha256"] == RunFolder.open(source).load_model().weights_hash
     assert manifest["adapter"]["name"] == "kradapter"
 
 
@@ -239,12 +238,14 @@ def test_a_difference_fails_and_leaves_nothing(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("part", ["visual.proj", "text_projection"])
 def test_features_that_are_not_finite_are_a_difference(part, run, tmp_path, monkeypatch):
-    def load_broken(folder):
-        bundle, config = load_run(folder)
-        bundle.model.get_parameter(part).data.fill_(torch.nan)
-        return bundle, config
+    load_model = RunFolder.load_model
 
-    monkeypatch.setattr(export_module, "load_run", load_broken)
+    def load_broken(folder):
+        bundle = load_model(folder)
+        bundle.model.get_parameter(part).data.fill_(torch.nan)
+        return bundle
+
+    monkeypatch.setattr(RunFolder, "load_model", load_broken)
     with pytest.raises(VlkrError, match=r"differs from the adapted model.* nan"):
         export(run, tmp_path / "out")
 

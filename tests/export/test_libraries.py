@@ -14,15 +14,15 @@ from PIL import Image
 
 from vlkr.adapters import load_adapter, merge_adapters
 from vlkr.errors import VlkrError
-from vlkr.evaluation.runs import load_run
 from vlkr.export import timm as timm_export
 from vlkr.export.export import export, load_export, load_input
 from vlkr.export.formats import Preprocessing
 from vlkr.models.clip import clip_shapes, load_clip
+from vlkr.runs import RunFolder
 
 
 def merged(run):
-    bundle, _ = load_run(run)
+    bundle = RunFolder.open(run).load_model()
     merge_adapters(bundle.model)
     return bundle
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from vlkr.adapters import merge_adapters
 from vlkr.cli import main
-from vlkr.evaluation.runs import load_run, run_dataset
 from vlkr.export.export import export
 from vlkr.export.predict import predict
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
+from vlkr.runs import RunFolder
 
 NAMES = ("blue", "green", "red")
 
@@ -49,8 +49,8 @@ def paths_of(root):
 @torch.no_grad()
 def expected(run, paths):
     """Probabilities by the merged model."""
-    bundle, config = load_run(run)
-    dataset = run_dataset(config)
+    folder = RunFolder.open(run)
+    bundle, dataset = folder.load_model(), folder.dataset()
     merge_adapters(bundle.model)
     images = [Image.open(path).convert("RGB") for path in paths]
     pixels = torch.stack([bundle.preprocess(image) for image in images])
@@ -109,13 +109,14 @@ def test_timm_without_text(vit_run, digit_images, tmp_path, capsys):
     capsys.readouterr()
     status, lines = lines_of(capsys, "--model", tmp_path / "out", tmp_path / "photos")
     assert status == 0
-    bundle, config = load_run(vit_run)
+    folder = RunFolder.open(vit_run)
+    bundle = folder.load_model()
     pixels = torch.stack([bundle.preprocess(image) for image in digit_images[:5]])
     with torch.no_grad():
         features = bundle.model.encode_image(pixels, normalize=True)
         logits = bundle.model.logit_scale.exp() * features @ bundle.head().T
     best = logits.softmax(1).max(1)
-    names = run_dataset(config).class_names
+    names = folder.dataset().class_names
     assert [line["label"] for line in lines] == [names[i] for i in best.indices]
     found = torch.tensor([line["probability"] for line in lines])
     torch.testing.assert_close(found, best.values, atol=1e-5, rtol=1e-4)

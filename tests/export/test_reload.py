@@ -13,9 +13,9 @@ from helpers import ROOT
 from safetensors.torch import load_file, save_file
 
 from vlkr.adapters import set_adapter_scale
-from vlkr.evaluation.runs import load_run, run_dataset
 from vlkr.export.export import export
 from vlkr.models.zero_shot import class_embeddings
+from vlkr.runs import RunFolder
 
 SHARD = ROOT / "data" / "digits" / "test" / "0.tar"
 COUNT = 96
@@ -190,8 +190,8 @@ def reload(cwd, lines, run, blocked, count=COUNT):
 
 def texts_of(run):
     """Class names, prompts and their token ids of a run's data."""
-    bundle, config = load_run(run)
-    dataset = run_dataset(config)
+    folder = RunFolder.open(run)
+    bundle, dataset = folder.load_model(), folder.dataset()
     prompts = [t.replace("{c}", c) for c in dataset.class_names for t in dataset.templates]
     tokens = bundle.tokenizer(prompts).tolist() if bundle.has_text else []
     return list(dataset.class_names), prompts, tokens
@@ -200,9 +200,10 @@ def texts_of(run):
 @torch.no_grad()
 def adapted(run, images, scale=1):
     """What the adapted model computes, with its adapters on: features, texts, predictions."""
-    bundle, config = load_run(run)
+    folder = RunFolder.open(run)
+    bundle = folder.load_model()
     set_adapter_scale(bundle.model, scale)
-    dataset = run_dataset(config)
+    dataset = folder.dataset()
     pixels = torch.stack([bundle.preprocess(image) for image in images])
     features = F.normalize(bundle.model.encode_image(pixels), dim=-1)
     if bundle.has_text:

@@ -15,8 +15,8 @@ from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.evaluation.interpolation import interpolate
-from vlkr.evaluation.runs import load_run, run_config, run_dataset
 from vlkr.models.vit import load_vit
+from vlkr.runs import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_loaded_again_it_measures_the_same(run, capsys):
 
 
 def test_logits_are_scaled_cosines_to_the_class_embeddings(run, colors):
-    bundle, _ = load_run(run.output)
+    bundle = RunFolder.open(run.output).load_model()
     image = bundle.preprocess(Image.open(colors / "red" / "0.png").convert("RGB"))[None]
     with torch.no_grad():
         features = F.normalize(bundle.model.visual(image), dim=-1)
@@ -69,7 +69,7 @@ def test_interpolation_keeps_the_head(run, vit, colors):
     bundle = load_vit(vit)
     head = F.normalize(load_file(run.output / "head.safetensors")["weight"], dim=-1)
     correct = []
-    for sample in run_dataset(run_config(run.output)).source("test"):
+    for sample in RunFolder.open(run.output).dataset().source("test"):
         image = bundle.preprocess(Image.open(colors / sample.key).convert("RGB"))[None]
         with torch.no_grad():
             correct.append(bool((bundle.model.visual(image) @ head.T).argmax() == sample.label))

@@ -205,7 +205,7 @@ def test_killed_process_is_resumed_to_the_same_bytes(tmp_path, small, colors):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_process_ends_soon_and_says_how_to_go_on(tmp_path, small, colors, number):
+def test_interrupted_process_ends_soon_and_says_resume_hint(tmp_path, small, colors, number):
     run = tmp_path / "run"
     with start(run, small, colors, 10_000) as process:
         wait_for(run / "checkpoints" / "last.ckpt", process)

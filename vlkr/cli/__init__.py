@@ -25,6 +25,7 @@ from rich.console import Console
 
 from vlkr.errors import VlkrError
 from vlkr.files import flattened, read_yaml, resource
+from vlkr.reporting.table import show
 from vlkr.runtime import is_first_process
 from vlkr.version import __version__
 
@@ -198,7 +199,11 @@ def _present(result: Any, as_json: bool) -> int:
         print(json.dumps(result.to_json(), indent=2))
     else:
         # As wide as the terminal, as $COLUMNS, or in a file as tables need.
-        result.show(Console(width=shutil.get_terminal_size((160, 24)).columns))
+        console = Console(width=shutil.get_terminal_size((160, 24)).columns)
+        if hasattr(result, "tables"):
+            show(result, console)
+        else:
+            result.show(console)
     return int(getattr(result, "exit_code", 0))
 
 

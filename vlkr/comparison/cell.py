@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 
-from vlkr.adapters import match_budget, remove_adapters
+from vlkr.adapters import remove_adapters
 from vlkr.adapters.inject import hosts
 from vlkr.comparison.plan import Cell
 from vlkr.comparison.results import CellFolder
@@ -33,14 +33,13 @@ from vlkr.errors import VlkrError
 from vlkr.evaluation.features import Features, image_features
 from vlkr.evaluation.predictions import Predictions, predict
 from vlkr.evaluation.report import Evaluation
-from vlkr.evaluation.runs import load_run, run_validation
 from vlkr.evaluation.zero_shot import dataset_result, evaluate_bundle
 from vlkr.files import atomic_file, read_json, write_json
 from vlkr.models.clip import ClipBundle
 from vlkr.models.loading import load_model
+from vlkr.runs import CHECKPOINT, RunConfig, RunFolder, validation_set
 from vlkr.training.module import trained_parameters
 from vlkr.training.recipe import train
-from vlkr.training.trainer import CHECKPOINT
 
 BATCH_SIZE = 128
 STRENGTHS = [float(c) for c in 10.0 ** np.arange(-3, 5)]
@@ -92,12 +91,13 @@ def _compute(cell: Cell, folder: CellFolder) -> None:
             folder.result,
             {"hash": cell.hash, **evaluation.to_json(), **costs, "seconds": seconds},
         )
-    shutil.rmtree(folder.run / Path(CHECKPOINT).parts[0], ignore_errors=True)
+    shutil.rmtree((folder.run / CHECKPOINT).parent, ignore_errors=True)
 
 
 def _evaluate(cell: Cell, run: Path, resume: bool) -> tuple[Evaluation, dict[str, Any]]:
     """The evaluation of a cell, and what else its result records."""
-    bundle = load_run(cell.run)[0] if cell.run is not None else _model(cell.model, cell.pretrained)
+    trained_run = None if cell.run is None else RunFolder.open(cell.run)
+    bundle = trained_run.load_model() if trained_run else _model(cell.model, cell.pretrained)
     device = {"gpu": "cuda"}.get(cell.trainer.accelerator, cell.trainer.accelerator)
     costs: dict[str, Any] = {
         "parameters": 0,
@@ -112,10 +112,10 @@ def _evaluate(cell: Cell, run: Path, resume: bool) -> tuple[Evaluation, dict[str
                 evaluation, probed = linear_probe(bundle, cell, device)
                 costs |= probed
             else:
-                if cell.run is not None:
+                if trained_run is not None:
                     trained = trained_parameters(bundle.model, bundle.head)
                     costs["parameters"] = sum(parameter.numel() for parameter in trained)
-                    costs["train_images"] = _images_of_run(cell.run)
+                    costs["train_images"] = (trained_run.metrics() or {}).get("training images")
                 elif cell.kind == "adapter":
                     costs |= _train(cell, bundle, run, resume)
                 evaluation = evaluate_bundle(
@@ -136,41 +136,24 @@ def _evaluate(cell: Cell, run: Path, resume: bool) -> tuple[Evaluation, dict[str
 
 
 def _train(cell: Cell, bundle: ClipBundle, run: Path, resume: bool) -> dict[str, Any]:
-    adapter = cell.adapter
-    if adapter.match is not None:
-        budget = match_budget(
-            adapter.name,
-            bundle.model,
-            adapter.match,
-            **adapter.place(),
-            to_options=dict(cell.match_options),
-            **adapter.options,
-        )
-        adapter = replace(adapter, options=budget.options, match=None)
-    training = train(
-        run,
-        bundle,
-        cell.data.load(),
-        adapter,
-        cell.data,
-        cell.optimizer,
-        cell.trainer,
-        cell.seed or 0,
-        resume=resume,
-    )
+    config = RunConfig(
+        model=bundle.name,
+        pretrained=bundle.pretrained,
+        adapter=cell.adapter,
+        data=cell.data,
+        optimizer=cell.optimizer,
+        trainer=cell.trainer,
+        seed=cell.seed or 0,
+    ).resolved(bundle.model, cell.match_options)
+    with RunFolder.start(run, config, resume=resume, force=True) as folder:
+        training = train(folder, bundle, cell.data.load(), resume=resume)
     return {
         "parameters": training.parameters,
         "train_images": training.images,
-        "options": training.options,
+        "options": config.adapter.options,
         "val_acc1": training.val_acc1,
         "train_seconds": round(training.seconds, 1),
     }
-
-
-def _images_of_run(run: Path) -> int | None:
-    """The number of images that a run was trained on, as its metrics record."""
-    path = run / "metrics.json"
-    return read_json(path).get("training images") if path.is_file() else None
 
 
 @lru_cache(maxsize=1)
@@ -215,7 +198,7 @@ def linear_probe(bundle: ClipBundle, cell: Cell, device: str) -> tuple[Evaluatio
     dataset = cell.data.load()
     data = FewShotDataModule(dataset, cell.data, seed, to_tensor, to_tensor)
     few = replace(dataset, splits={"train": View(data.pool, times=data.train_keys)}, sizes={})
-    validation = run_validation({"data": asdict(cell.data), "seed": seed}, None)
+    validation = validation_set(cell.data, seed)
     val = None if validation is None else features(validation, "val")
     probe, strength, val_acc1 = fit_probe(features(few, "train"), val)
     results = []

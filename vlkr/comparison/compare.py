@@ -13,8 +13,8 @@ from vlkr.comparison.engine import CellStates, run_grid
 from vlkr.comparison.figures import (
     plot_bars,
     plot_calibration,
-    plot_home_against_shift,
     plot_over_shots,
+    plot_shift,
 )
 from vlkr.comparison.methods import base_context, resolve_methods
 from vlkr.comparison.options import GridConfig
@@ -34,17 +34,10 @@ from vlkr.comparison.plan import (
 )
 from vlkr.comparison.report import Picture, Report, standard_report
 from vlkr.comparison.results import GridResults, SelectedRuns
-from vlkr.comparison.tables import (
-    Table,
-    Values,
-    compare_to_reference,
-    mean_over,
-    mean_row,
-    mean_std,
-    method_table,
-)
+from vlkr.comparison.tables import Values, compare_to_reference, mean_over, mean_row, method_table
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
+from vlkr.reporting.table import Table, mean_std
 
 
 @dataclass(frozen=True)
@@ -237,7 +230,7 @@ def _pictures(
     if len(panels) > 1:
         (source, in_distribution), (shift, under_shift) = panels.items()
         draw = partial(
-            plot_home_against_shift,
+            plot_shift,
             results,
             places,
             in_distribution,
@@ -257,9 +250,9 @@ def _pictures(
 
 def _spectra(results: GridResults, place: Place) -> tuple[list[Table], list[Picture]]:
     """Table and plot of the spectra of the first seed's adapters; none without adapters."""
-    from vlkr.evaluation.runs import load_run  # imports the models' libraries
     from vlkr.evaluation.spectra import model_spectra
     from vlkr.evaluation.spectrum_report import NOTE, Run, Spectra, plot_curves
+    from vlkr.runs import RunFolder  # imports the models' libraries
 
     runs = []
     for method in results.methods:
@@ -267,7 +260,7 @@ def _spectra(results: GridResults, place: Place) -> tuple[list[Table], list[Pict
         if selected is None or selected.results[0].cell.kind != "adapter":
             continue
         folder = selected.results[0].folder.run
-        layers = model_spectra(load_run(folder)[0].model)
+        layers = model_spectra(RunFolder.open(folder).load_model().model)
         if layers:
             runs.append(Run(str(folder), method, layers))
     if not runs:

@@ -34,11 +34,11 @@ from vlkr.comparison.tables import (
     mean_difference,
     mean_over,
     mean_row,
-    mean_std,
     method_table,
 )
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
+from vlkr.reporting.table import mean_std
 
 VALIDATION = "(validation)"
 RULES: dict[Selection, str] = {

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
 from torch import nn
 
 from vlkr.adapters import find_targets, match_budget
@@ -17,7 +16,7 @@ from vlkr.adapters.targets import bias_targets
 from vlkr.comparison.plan import Cell, Plan
 from vlkr.datasets import DataOptions, Dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation.report import rich_table
+from vlkr.reporting.table import Table, caption, value_range
 
 UNKNOWN = "unknown"
 _MAX_REASONS = 3
@@ -29,52 +28,51 @@ class DryRun:
 
     Attributes:
         plan: of the grid.
-        rows: the table, its header first.
+        table: sizes by method.
         cells: number of cells.
         steps: training steps of all cells together; None where a dataset is missing.
         missing: datasets and models that cannot be read, and why; the sizes of a dataset are then
             its card's.
     """
 
+    exit_code = 0
+
     plan: Plan
-    rows: list[list[str]]
+    table: Table
     cells: int
     steps: int | None
     missing: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for a program."""
-        header, *rows = self.rows
         return {
             **self.plan.context,
             "cells": self.cells,
             "steps": self.steps,
-            "plan": [dict(zip(header, row, strict=True)) for row in rows],
+            "plan": [dict(zip(self.table.header, row, strict=True)) for row in self.table.rows],
             "missing": self.missing,
             "ids": [cell.id for cell in self.plan.cells],
         }
 
-    def show(self, console: Console) -> None:
-        """Prints the plan."""
-        console.print(rich_table(self.rows, f"Plan of vlkr {self.plan.command}"))
+    def tables(self) -> list[Table]:
+        """Returns the table."""
+        return [self.table]
+
+    def lines(self) -> list[str]:
+        """Returns totals, the context and what is missing."""
         steps = UNKNOWN if self.steps is None else f"{self.steps:,}"
-        console.print(f"{self.cells} cells, {steps} training steps in all", highlight=False)
-        context = ", ".join(f"{key} {value}" for key, value in self.plan.context.items())
-        console.print(context, style="dim", highlight=False, markup=False)
+        lines = [f"{self.cells} cells, {steps} training steps in all", caption(self.plan.context)]
         if len(self.missing) > _MAX_REASONS:
-            text = f"not at hand: {', '.join(self.missing)} (--json tells why)"
-            console.print(text, highlight=False, markup=False)
-            return
-        for name, reason in self.missing.items():
-            console.print(f"not at hand: {name} ({reason})", highlight=False, markup=False)
+            return [*lines, f"not at hand: {', '.join(self.missing)} (--json tells why)"]
+        return lines + [f"not at hand: {name} ({why})" for name, why in self.missing.items()]
 
 
 def dry_run(plan: Plan) -> DryRun:
     """Sizes a plan, from its data or else from the data's card."""
     sizes = _Sizes()
     cells = {cell.id: cell for cell in plan.cells}
-    header = ["method", "cells", "parameters", "training images", "steps a cell"]
-    rows = [[*header, "measured images"]]
+    header = ("method", "cells", "parameters", "training images", "steps a cell")
+    rows = []
     for method in dict.fromkeys(entry.method for entry in plan.entries):
         ids = [
             cell
@@ -84,29 +82,14 @@ def dry_run(plan: Plan) -> DryRun:
             for cell in (*candidate.cells, *(reading.cell for reading in candidate.readings))
         ]
         own = [cells[cell] for cell in dict.fromkeys(ids)]
-        rows.append(
-            [
-                method,
-                str(len(own)),
-                _span([sizes.parameters(cell) for cell in own]),
-                _span([sizes.train_images(cell) for cell in own]),
-                _span([sizes.steps(cell) for cell in own]),
-                _span([sizes.measured(cell) for cell in own]),
-            ]
-        )
+        columns = (sizes.parameters, sizes.train_images, sizes.steps, sizes.measured)
+        ranges = (value_range([size(cell) for cell in own], UNKNOWN) for size in columns)
+        rows.append((method, str(len(own)), *ranges))
     steps = [sizes.steps(cell) for cell in plan.cells]
     total = None if None in steps else sum(step or 0 for step in steps)
-    return DryRun(plan, rows, len(cells), total, sizes.missing)
-
-
-def _span(values: list[int | None]) -> str:
-    """One number, or the smallest and the largest.
-
-    >>> _span([10, 1000, 10]), _span([None])
-    ('10 to 1,000', 'unknown')
-    """
-    known = sorted({value for value in values if value is not None})
-    return " to ".join(f"{v:,}" for v in dict.fromkeys([known[0], known[-1]])) if known else UNKNOWN
+    title = f"Plan of vlkr {plan.command}"
+    table = Table(title, (*header, "measured images"), tuple(rows))
+    return DryRun(plan, table, len(cells), total, sizes.missing)
 
 
 class _Sizes:

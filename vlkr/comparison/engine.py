@@ -11,7 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from vlkr.comparison.dry_run import DryRun, dry_run
 from vlkr.comparison.methods import check_grid
@@ -29,6 +28,8 @@ from vlkr.comparison.report import Report
 from vlkr.comparison.results import CellFolder, GridResults, read_results
 from vlkr.errors import VlkrError
 from vlkr.files import check_free, read_json, write_json
+from vlkr.reporting.table import Table
+from vlkr.runtime import progress_bar
 
 PLAN = "plan.json"
 
@@ -37,16 +38,21 @@ PLAN = "plan.json"
 class CellStates:
     """What ``--cell`` computed: the state of each cell by its id."""
 
+    exit_code = 0
+
     cells: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """The cells."""
         return {"cells": self.cells}
 
-    def show(self, console: Console) -> None:
-        """Prints a line per cell."""
-        for cell, state in self.cells.items():
-            console.print(f"{cell}: {state}", highlight=False, markup=False)
+    def tables(self) -> list[Table]:
+        """No table."""
+        return []
+
+    def lines(self) -> list[str]:
+        """Returns a line per cell."""
+        return [f"{cell}: {state}" for cell, state in self.cells.items()]
 
 
 def run_grid(
@@ -214,7 +220,8 @@ def _run_in_workers(cells: Sequence[Cell], output: Path, jobs: int) -> None:
     logs = output.resolve() / "logs"
     logs.mkdir(exist_ok=True)
     waiting = deque(cells)
-    with _progress(len(cells)) as advance, _stopping() as processes:
+    with progress_bar() as progress, _stopping() as processes:
+        task = progress.add_task("cells", total=len(cells))
         numbers = range(1, jobs + 1)
         workers = [_start_worker(n, logs / f"process-{n}.log", processes) for n in numbers]
         busy = {worker.connection: worker for worker in workers}
@@ -228,7 +235,7 @@ def _run_in_workers(cells: Sequence[Cell], output: Path, jobs: int) -> None:
                 except (EOFError, OSError):
                     is_alive = False
                     _blame(worker, output)
-                advance(worker.cell is not None)
+                progress.advance(task, worker.cell is not None)
                 if not is_alive and waiting:
                     worker = _start_worker(worker.number, worker.log, processes)
                     busy[worker.connection] = worker
@@ -323,20 +330,10 @@ def _run_by_launcher(
         if failed and folder.state == "not finished":
             folder.fail("LauncherFailed", reason[-2000:])
 
-    with _progress(len(cells)) as advance, ExitStack() as stack:
+    with progress_bar() as progress, ExitStack() as stack:
+        task = progress.add_task("cells", total=len(cells))
         pool = ThreadPoolExecutor(jobs)
         stack.callback(pool.shutdown, cancel_futures=True)
-        futures = [pool.submit(submit, cell) for cell in cells]
-        for future in futures:
-            future.add_done_callback(lambda _: advance(1))
-        for future in futures:
+        for future in as_completed([pool.submit(submit, cell) for cell in cells]):
             future.result()
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Shows how many cells are done; yields what adds to their number."""
-    columns = [*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("cells", total=total)
-        yield lambda number: progress.advance(task, number)
+            progress.advance(task)

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from vlkr.comparison.html import html_page
 from vlkr.comparison.plan import slug
 from vlkr.comparison.results import CellResult, GridResults
 from vlkr.comparison.tables import (
     Difference,
-    Table,
     choice_table,
     cost_table,
     difference_table,
     failure_table,
 )
-from vlkr.evaluation.report import markdown_table, rich_table
 from vlkr.files import write_json, write_text
+from vlkr.reporting.page import html_page, latex_page, markdown_page
+from vlkr.reporting.table import Table, caption
 
 DIFFERENCES = (
     "Paired by seed and by image; interval: bootstrap over seeds and images, 10,000 draws; p: "
@@ -54,6 +50,8 @@ class Report:
         output: folder of the grid.
     """
 
+    exit_code = 0
+
     title: str
     all_tables: list[Table]
     pictures: list[Picture]
@@ -65,10 +63,6 @@ class Report:
     def context(self) -> dict[str, Any]:
         """What the numbers depend on."""
         return self.results.context()
-
-    def caption(self) -> str:
-        """The context in one line."""
-        return ", ".join(f"{key} {value}" for key, value in self.context.items())
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for a program: each method in each place, seed by seed."""
@@ -97,34 +91,34 @@ class Report:
             "unfinished": self.results.unfinished,
         }
 
-    def show(self, console: Console) -> None:
-        """Prints the main tables, their context and where the rest is."""
-        for table in self.all_tables:
-            if table.brief:
-                cells = [list(row) for row in (table.header, *table.rows)]
-                console.print(rich_table(cells, table.title, table.note))
-        console.print(self.caption(), style="dim", highlight=False, markup=False)
+    def tables(self) -> list[Table]:
+        """Returns all tables."""
+        return self.all_tables
+
+    def lines(self) -> list[str]:
+        """Returns the context, and where the report is."""
         page = self.output / "report.html"
-        note = "also .md, .tex, results.csv, results.json"
-        console.print(f"Report: {page}, {note}", highlight=False, markup=False)
+        return [
+            caption(self.context),
+            f"Report: {page}, also .md, .tex, results.csv, results.json",
+        ]
 
     def write(self) -> None:
         """Writes the report beside the cells: ``report.*``, ``results.*``, ``plots/`` etc."""
-        output = self.output
+        output, about = self.output, caption(self.context)
+        plots = {picture: output / "plots" / f"{picture.name}.png" for picture in self.pictures}
+        paths = {picture.title: f"plots/{picture.name}.png" for picture in self.pictures}
+        for picture, path in plots.items():
+            picture.draw(path)
+        images = {picture.title: path.read_bytes() for picture, path in plots.items()}
         write_json(output / "results.json", self.to_json())
-        write_text(output / "report.md", markdown(self))
-        write_text(output / "report.tex", latex(self.all_tables, self.caption()))
         write_text(output / "results.csv", cells_csv(self.results))
+        write_text(output / "report.md", markdown_page(self.title, about, self.all_tables, paths))
+        write_text(output / "report.tex", latex_page(about, self.all_tables))
+        write_text(output / "report.html", html_page(self.title, about, self.all_tables, images))
         for runs in self.results.selected:
             for result in runs.results:
                 _write_clip_benchmark(runs.entry.method, result, output / "clip_benchmark")
-        pictures: dict[str, bytes] = {}
-        for picture in self.pictures:
-            path = output / "plots" / f"{picture.name}.png"
-            picture.draw(path)
-            pictures[picture.title] = path.read_bytes()
-        page = html_page(self.title, self.caption(), self.all_tables, pictures)
-        write_text(output / "report.html", page)
 
 
 def standard_report(
@@ -172,20 +166,6 @@ def standard_report(
     return Report(title, all_tables, [*pictures], [*differences], results, output)
 
 
-def markdown(report: Report) -> str:
-    """The tables and their context as a Markdown page."""
-    parts = [f"# {report.title}\n\n{report.caption()}.\n"]
-    for table in report.all_tables:
-        note = f"\n{table.note}.\n" if table.note else ""
-        cells = [list(row) for row in (table.header, *table.rows)]
-        parts.append(f"## {table.title}\n\n{markdown_table(cells)}{note}")
-    parts += [
-        f"## {picture.title}\n\n![{picture.title}](plots/{picture.name}.png)\n"
-        for picture in report.pictures
-    ]
-    return "\n".join(parts)
-
-
 def cells_csv(results: GridResults) -> str:
     """Returns CSV with a row for every finished cell and set, chosen or not."""
     rows: list[dict[str, Any]] = []
@@ -221,39 +201,6 @@ def cells_csv(results: GridResults) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return stream.getvalue()
-
-
-def latex(tables: Sequence[Table], caption: str) -> str:
-    """The tables for a paper; they need the package booktabs."""
-    parts = [f"% {caption}\n"]
-    for table in tables:
-        header, *rows = ([_latex(cell) for cell in row] for row in (table.header, *table.rows))
-        lines = [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{_latex('. '.join(filter(None, (table.title, table.note))))}.}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
-            r"\toprule",
-            " & ".join(header) + r" \\",
-            r"\midrule",
-            *(" & ".join(row) + r" \\" for row in rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-        ]
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
-
-
-def _latex(text: str) -> str:
-    r"""Text as LaTeX sets it.
-
-    >>> print(_latex("lora_2 & 94.1 ± 0.3 %"))
-    lora\_2 \& 94.1 $\pm$ 0.3 \%
-    """
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    special |= {"±": r"$\pm$", "<": "$<$", ">": "$>$"}
-    return re.sub(r"[\\~^±<>&%$#_{}]", lambda m: special.get(m[0], f"\\{m[0]}"), text)
 
 
 def _write_clip_benchmark(method: str, result: CellResult, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,48 +12,11 @@ from numpy.typing import NDArray
 
 from vlkr.comparison.plan import Place
 from vlkr.comparison.results import CellResult, GridResults, SelectedRuns
-from vlkr.comparison.statistics import Interval, combined_p, mcnemar, paired_bootstrap
 from vlkr.errors import VlkrError
+from vlkr.reporting.statistics import Interval, combined_p, mcnemar, paired_bootstrap
+from vlkr.reporting.table import Table, mean_std, value_range
 
 Values = Callable[[SelectedRuns], list[float]]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of a report.
-
-    Attributes:
-        title: above it.
-        header: names of the columns.
-        rows: cells.
-        note: below it.
-        brief: also shown in the terminal.
-    """
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-    brief: bool = True
-
-
-def mean_std(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
-    """Mean and, over several values, standard deviation; in percent by default.
-
-    >>> mean_std([0.5, 0.7]), mean_std([0.5]), mean_std([])
-    ('60.0 ± 14.1', '50.0', '')
-    """
-    if not values:
-        return ""
-    mean = f"{scale * statistics.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
-
-
-def value_range(numbers: Collection[int]) -> str:
-    """The smallest and the largest number, or the one that there is."""
-    return " to ".join(f"{n:,}" for n in sorted({min(numbers), max(numbers)})) if numbers else ""
 
 
 def method_table(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from operator import methodcaller
@@ -12,7 +12,7 @@ from typing import Any
 
 from vlkr.comparison.dry_run import DryRun
 from vlkr.comparison.engine import CellStates, run_grid
-from vlkr.comparison.figures import plot_bars, plot_calibration, plot_home_against_shift
+from vlkr.comparison.figures import plot_bars, plot_calibration, plot_shift
 from vlkr.comparison.methods import base_context, resolve_methods
 from vlkr.comparison.options import ZERO_SHOT, GridConfig
 from vlkr.comparison.plan import (
@@ -31,13 +31,13 @@ from vlkr.comparison.plan import (
 )
 from vlkr.comparison.report import Picture, Report, standard_report
 from vlkr.comparison.results import GridResults, SelectedRuns
-from vlkr.comparison.tables import Table, Values, compare_to_reference, mean_std, method_table
+from vlkr.comparison.tables import Values, compare_to_reference, method_table
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.evaluation.metrics import base_to_new
-from vlkr.evaluation.runs import run_config, run_labels, run_options
-from vlkr.files import sha256_of
 from vlkr.models.names import is_timm
+from vlkr.reporting.table import Table, mean_std
+from vlkr.runs import RunFolder, method_labels
 
 NEW = " (new classes)"
 
@@ -65,24 +65,22 @@ def run_transfer(
         grid = replace(grid, methods=[ZERO_SHOT, *grid.methods])
 
     def plan() -> Plan:
-        configs = {folder.resolve(): run_config(folder) for folder in runs or ()}
-        return transfer_plan(grid, configs, datasets)
+        folders = [RunFolder.open(folder.resolve()) for folder in runs or ()]
+        return transfer_plan(grid, folders, datasets)
 
     return run_grid(grid, output, plan, lambda results: transfer_report(results, output))
 
 
-def transfer_plan(
-    grid: GridConfig, runs: Mapping[Path, dict[str, Any]], datasets: list[str] | None
-) -> Plan:
+def transfer_plan(grid: GridConfig, runs: Sequence[RunFolder], datasets: list[str] | None) -> Plan:
     """Returns the cells of a transfer.
 
     Args:
         grid: options.
-        runs: configurations of runs by folder; without any, the grid's methods are trained.
+        runs: finished runs; without any, the grid's methods are trained.
         datasets: to evaluate on besides the one that is adapted to.
     """
     if runs:
-        grid = _as_the_runs(grid, list(runs.values()))
+        grid = _as_the_runs(grid, runs)
     data = grid.data.absolute()
     sets = _sets(grid, data, datasets)
     names = tuple(eval_set.name for eval_set in sets)
@@ -94,31 +92,31 @@ def transfer_plan(
         candidates = tuple(setting.candidate() for setting in settings)
         entries.append(Entry(method.label, place, candidates, names))
         cells += [cell for setting in settings for cell in setting.cells]
-    for label, folders in _by_method(runs).items():
+    for label, same in _by_method(runs).items():
         own = [
             Cell(
-                slug(names[0], "run", label, f"seed{runs[folder]['seed']}", i + 1),
+                slug(names[0], "run", label, f"seed{run.config.seed}", i + 1),
                 "run",
                 grid.model,
                 grid.pretrained,
                 data,
                 tuple(sets),
-                runs[folder]["seed"],
+                run.config.seed,
                 trainer=grid.trainer,
-                run=folder,
-                run_sha256=_sha256(folder),
+                run=run.path,
+                run_sha256=run.fingerprint(),
             )
-            for i, folder in enumerate(folders)
+            for i, run in enumerate(same)
         ]
         candidate = Candidate({}, tuple(cell.id for cell in own))
         entries.append(Entry(label, place, (candidate,), names))
         cells += own
     context = base_context(grid, "by mean validation accuracy at home per method")
     if runs:
-        context["seeds"] = " ".join(str(config["seed"]) for config in runs.values())
+        context["seeds"] = " ".join(str(run.config.seed) for run in runs)
     context |= {
         "adapted to": names[0],
-        **_common(data.context(), [run_options(c).context() for c in runs.values()]),
+        **_common(data.context(), [run.config.data.context() for run in runs]),
         "split": "test",
     }
     return Plan("transfer", tuple(cells), tuple(entries), grid.reference, context)
@@ -133,48 +131,43 @@ def _common(context: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, 
     }
 
 
-def _as_the_runs(grid: GridConfig, configs: Sequence[dict[str, Any]]) -> GridConfig:
+def _as_the_runs(grid: GridConfig, runs: Sequence[RunFolder]) -> GridConfig:
     """The grid with the model and data of the runs, which must all have the same."""
     different = {
         (
-            config["model"],
-            config["pretrained"],
-            dataset_name(run_options(config)),
-            run_options(config).classes,
+            run.config.model,
+            run.config.pretrained,
+            dataset_name(run.config.data),
+            run.config.data.classes,
         )
-        for config in configs
+        for run in runs
     }
     if len(different) > 1:
         raise VlkrError(
             f"the runs are of {len(different)} models, datasets or halves of classes, expected one"
         )
-    first = configs[0]
+    first = runs[0].config
     return replace(
         grid,
-        model=first["model"],
-        pretrained=first["pretrained"],
-        data=run_options(first),
+        model=first.model,
+        pretrained=first.pretrained,
+        data=first.data,
         methods=[ZERO_SHOT],
     )
 
 
-def _by_method(runs: Mapping[Path, dict[str, Any]]) -> dict[str, list[Path]]:
-    """Folders by method; raises :class:`VlkrError` for two with the same seed."""
-    labeled: dict[str, list[Path]] = {}
-    for folder, label in run_labels(runs).items():
-        labeled.setdefault(label, []).append(folder)
-    for label, folders in labeled.items():
-        seeds = [runs[folder]["seed"] for folder in folders]
+def _by_method(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
+    """Runs by method; raises :class:`VlkrError` for two with the same seed."""
+    labeled: dict[str, list[RunFolder]] = {}
+    labels = method_labels(runs)
+    for run in runs:
+        labeled.setdefault(labels[run.path], []).append(run)
+    for label, same in labeled.items():
+        seeds = [run.config.seed for run in same]
         for seed in seeds:
             if seeds.count(seed) > 1:
                 raise VlkrError(f"{seeds.count(seed)} runs of {label} have seed {seed}; give one")
     return labeled
-
-
-def _sha256(run: Path) -> str:
-    """Fingerprint of what a run has learned, which tells states of its folder apart."""
-    files = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "head.safetensors")
-    return " ".join(sha256_of(run / name)[:16] for name in files if (run / name).is_file())
 
 
 def _sets(grid: GridConfig, data: DataOptions, datasets: list[str] | None) -> list[EvalSet]:
@@ -218,7 +211,7 @@ def transfer_report(results: GridResults, output: Path) -> Report:
         return runs.shift_means() if runs else []
 
     against = partial(
-        plot_home_against_shift,
+        plot_shift,
         results,
         [place],
         in_distribution,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from vlkr.datasets.cards import Card, card_names, load_card
 from vlkr.datasets.lists import SPLITS, TABLES, Listing, read_listing
 from vlkr.datasets.prompts import check_templates, resolve_list, resolve_templates
-from vlkr.datasets.roots import LocalRoot, is_address, open_root
+from vlkr.datasets.remote import LocalRoot, is_address, open_root
 from vlkr.datasets.samples import (
     FileSource,
     ImageFile,

@@ -15,10 +15,10 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from vlkr.caching import MissingError
 from vlkr.datasets.images import check_format
 from vlkr.datasets.lists import SPLITS
-from vlkr.datasets.remote import MissingError
-from vlkr.datasets.roots import LocalRoot, Root
+from vlkr.datasets.remote import LocalRoot, Root
 from vlkr.datasets.samples import (
     IMAGE_EXTENSIONS,
     MAX_BYTES,
@@ -35,7 +35,8 @@ _MAX_TEXT = 2**22
 _MAX_SHARDS = 10**6
 # RecursionError: headers that each announce another one.
 _DAMAGED = (OSError, tarfile.TarError, ValueError, IndexError, RecursionError)
-_OCTAL = re.compile(rb"[0-7]+")
+# Mode, owner, group, size, time and checksum of a header as tar programs write them.
+_NUMBERS = re.compile(rb"(?:[0-7]{7}\0){3}[0-7]{11}[ \0][0-7]{11}[ \0][0-7]{6}[ \0]{2}")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 # A key that is a tar member's name as it stands: webdataset cuts names at the first dot.
 _SAFE_KEY = re.compile(r"[\w-]+(?:/[\w-]+)*", re.ASCII)
@@ -287,21 +288,18 @@ class _PlainInfo(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         """Leaves to tarfile what is not a plain file with a short name, or is damaged."""
-        size, checksum = buf[124:135], buf[148:154]
         is_plain = (
             len(buf) == tarfile.BLOCKSIZE
             and buf[156:157] == tarfile.REGTYPE
             and not buf[345]  # no prefix before the name
-            and _OCTAL.fullmatch(size)
-            and _OCTAL.fullmatch(checksum)
-            and buf[135] in b"\0 "
-            and int(checksum, 8) == sum(buf) - sum(buf[148:156]) + 8 * ord(" ")
+            and _NUMBERS.fullmatch(buf, 100, 156)
+            and int(buf[148:154], 8) == sum(buf) - sum(buf[148:156]) + 8 * ord(" ")
         )
         if not is_plain:
             return super().frombuf(buf, encoding, errors)
         name, _, _ = buf[:100].partition(b"\0")
         info = cls(name.decode(encoding, errors))
-        info.size = int(size, 8)
+        info.size = int(buf[124:135], 8)
         return info
 
 

@@ -55,7 +55,7 @@ def evaluate(
         device: ``auto``, ``cpu``, ``cuda``, ...
         devices: processes that share the images; under ``torchrun`` its number counts.
         cache: keep class embeddings, and image features of an image tower without adapters, in
-            ``$VLKR_CACHE`` (``~/.cache/vlkr``), at most 4 GiB.
+            ``$VLKR_CACHE`` (``~/.cache/vlkr``), within ``$VLKR_CACHE_GB``.
         keep_predictions: write what is said of each image, ``predictions/DATASET.jsonl``.
         max_bad: of each dataset, images that cannot be used are left out, up to so many.
         output: folder for ``metrics.json``, ``report.md``, ``confusion.json`` and
@@ -72,9 +72,9 @@ def evaluate(
         add_effective_robustness,
         check_references,
     )
-    from vlkr.evaluation.runs import home_and_shifts, load_run, run_context, run_dataset
-    from vlkr.evaluation.zero_shot import evaluate_bundle
+    from vlkr.evaluation.zero_shot import evaluate_bundle, with_shifts
     from vlkr.models.loading import load_model
+    from vlkr.runs import RunFolder, adapter_scale
     from vlkr.runtime import processes, rank
 
     if (model is None) == (run is None):
@@ -88,17 +88,17 @@ def evaluate(
     home = None
     context: dict[str, Any] = {}
     if run is not None:
-        bundle, config = load_run(run)
-        context = run_context(bundle, config)
-        templates = config["data"]["templates"] if templates is None else templates
-        if test_fraction is None:
-            test_fraction = config["data"]["test_fraction"]
-        home = run_dataset(config) if datasets is None else None
+        folder = RunFolder.open(run)
+        bundle, data = folder.load_model(), folder.config.data
+        context = folder.config.context(adapter_scale(bundle))
+        templates = data.templates if templates is None else templates
+        test_fraction = data.test_fraction if test_fraction is None else test_fraction
+        home = folder.dataset() if datasets is None else None
     else:
         bundle = load_model(str(model), pretrained)
         datasets = datasets or ["digits"]
     test_fraction = DataOptions.test_fraction if test_fraction is None else test_fraction
-    loaded = home_and_shifts(home, datasets or [], shifts, templates, test_fraction)
+    loaded = with_shifts(home, datasets or [], shifts, templates, test_fraction)
     if references:
         check_references(references, loaded, split)
     strangers = [load_dataset(name, test_fraction=test_fraction) for name in unknown or []]

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from vlkr.adapters import merged
 from vlkr.adapters.inject import hosts
+from vlkr.caching import cached_tensors
 from vlkr.datasets import Dataset, Source
 from vlkr.datasets.pipelines import evaluation_loader
 from vlkr.datasets.samples import good_samples
 from vlkr.errors import VlkrError
-from vlkr.evaluation.cache import cached
 from vlkr.hashing import weights_hash
 from vlkr.models.clip import ClipBundle, encode_image
 from vlkr.runtime import check_num_workers, pick_device, world_size
@@ -186,7 +186,7 @@ def feature_batches(
         "images": fingerprint(source),
         "max_bad": max_bad,
     }
-    tensors, texts = cached("image_features", key, make)
+    tensors, texts = cached_tensors("image_features", key, make)
     if tensors:
         keys, domains = json.loads(texts["keys"]), json.loads(texts["domains"])
         yield from Features(keys, tensors["labels"], domains, tensors["features"]).split(batch_size)

@@ -174,16 +174,8 @@ def interpolate(
             image.
     """
     from vlkr.adapters import set_adapter_scale
-    from vlkr.evaluation.runs import (
-        adapter_scale,
-        home_and_shifts,
-        load_run,
-        run_context,
-        run_dataset,
-        run_validation,
-        save_scaled_run,
-    )
-    from vlkr.evaluation.zero_shot import evaluate_bundle
+    from vlkr.evaluation.zero_shot import evaluate_bundle, with_shifts
+    from vlkr.runs import RunFolder, adapter_scale
 
     steps = _check_alphas([i / 10 for i in range(11)] if alphas is None else alphas)
     wanted = None if save in (None, BEST) else _alpha(str(save))
@@ -191,18 +183,18 @@ def interpolate(
         raise VlkrError(f"--save {save} needs a folder to write to: --output DIR")
     if output is not None:
         check_free(output, force=force)
-    bundle, config = load_run(run)
-    context = run_context(bundle, config)
-    validation = run_validation(config, templates)
+    folder = RunFolder.open(run)
+    bundle, data = folder.load_model(), folder.config.data
+    context = folder.config.context(adapter_scale(bundle))
+    validation = folder.validation(templates)
     if save == BEST and validation is None:
         raise VlkrError(
             f"--save best needs validation images, and {run} has none: its classes have no more "
             "images than the shots; give an alpha"
         )
-    templates = config["data"]["templates"] if templates is None else templates
-    home = run_dataset(config) if datasets is None else None
-    test_fraction = config["data"]["test_fraction"]
-    loaded = home_and_shifts(home, datasets or [], shifts, templates, test_fraction)
+    templates = data.templates if templates is None else templates
+    home = folder.dataset() if datasets is None else None
+    loaded = with_shifts(home, datasets or [], shifts, templates, data.test_fraction)
     trained = adapter_scale(bundle)
     console = Console(stderr=True)
 
@@ -231,7 +223,7 @@ def interpolate(
             result.saved = result.best.alpha if wanted is None and result.best else wanted
         _write(result, output)
         if result.saved is not None:
-            save_scaled_run(bundle, config, result.saved * trained, output)
+            RunFolder(output, folder.config).save_scaled(bundle, result.saved * trained)
     return result
 
 

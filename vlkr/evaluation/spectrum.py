@@ -32,22 +32,23 @@ def spectrum(
     Raises:
         VlkrError: if a folder is not a finished run, or changed no weight.
     """
-    from vlkr.evaluation.runs import load_run, run_labels
     from vlkr.evaluation.spectra import correlations, model_spectra, shift_loss
     from vlkr.evaluation.spectrum_report import Run, Spectra, write_report
+    from vlkr.runs import RunFolder, method_labels
 
     if not run:
         raise VlkrError("no run is given, expected --run DIR ...")
     if output is not None:
         check_free(output, force=force)
-    loaded = [load_run(folder) for folder in run]
-    labels = run_labels({folder: config for folder, (_, config) in zip(run, loaded, strict=True)})
+    folders = [RunFolder.open(path) for path in run]
+    labels = method_labels(folders)
     runs = []
-    for folder, (bundle, _) in zip(run, loaded, strict=True):
-        layers = model_spectra(bundle.model)
+    for folder in folders:
+        layers = model_spectra(folder.load_model().model)
+        label = labels[folder.path]
         if not layers:
-            raise VlkrError(f"{folder} changed no weight: {labels[folder]!r} adapts something else")
-        runs.append(Run(str(folder), labels[folder], layers))
+            raise VlkrError(f"{folder.path} changed no weight: {label!r} adapts something else")
+        runs.append(Run(str(folder.path), label, layers))
     if shifts and len(runs) > 2:
         for folder, found in zip(run, runs, strict=True):
             found.shift_loss = shift_loss(folder, device)

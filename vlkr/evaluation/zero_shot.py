@@ -10,9 +10,9 @@ from dataclasses import replace
 from rich.progress import TextColumn
 from torch import Tensor, nn
 
-from vlkr.datasets import Dataset
+from vlkr.caching import cached_tensors
+from vlkr.datasets import Dataset, load_dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation.cache import cached
 from vlkr.evaluation.features import Measured, feature_batches, measured
 from vlkr.evaluation.metrics import (
     classification_metrics,
@@ -30,6 +30,31 @@ from vlkr.runtime import gather, progress_bar
 
 _TEXTS_AT_A_TIME = 256
 _NO_TEMPLATES = "none (classes learnt from images)"
+
+
+def with_shifts(
+    home: Dataset | None,
+    names: Sequence[str],
+    shifts: bool,
+    templates: Sequence[str] | None,
+    test_fraction: float,
+) -> list[Dataset]:
+    """Loads the datasets to evaluate on, the in-distribution one first.
+
+    Args:
+        home: the in-distribution dataset; None for the first of ``names``.
+        names: card names or folders.
+        shifts: add those that its card names.
+        templates: for all of them, None for each dataset's own.
+        test_fraction: of folders without splits.
+    """
+    loaded = [] if home is None else [home]
+    loaded += [load_dataset(name, test_fraction=test_fraction) for name in names]
+    if shifts:
+        known = {dataset.name for dataset in loaded}
+        others = [name for name in loaded[0].shifts if name not in known]
+        loaded += [load_dataset(name, test_fraction=test_fraction) for name in others]
+    return [dataset.with_templates(templates) for dataset in loaded]
 
 
 def evaluate_bundle(
@@ -173,7 +198,7 @@ def dataset_embeddings(subject: Measured, dataset: Dataset, *, cache: bool) -> T
         "class_names": dataset.class_names,
         "templates": dataset.templates,
     }
-    return cached("class_embeddings", key, make)[0]["embeddings"].to(subject.device)
+    return cached_tensors("class_embeddings", key, make)[0]["embeddings"].to(subject.device)
 
 
 def _logits(model: nn.Module, features: Tensor, embeddings: Tensor) -> Tensor:

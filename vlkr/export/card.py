@@ -22,7 +22,6 @@ from markupsafe import Markup
 
 from vlkr.errors import VlkrError, printable
 from vlkr.evaluation.report import METRICS, cell, markdown_table, markdown_text
-from vlkr.evaluation.runs import run_options
 from vlkr.export.formats import ExportInput, Format, Manifest
 from vlkr.export.parity import Parity
 from vlkr.files import read_yaml, resource
@@ -63,7 +62,7 @@ def model_card(
     bundle = source.adapted
     base = _base_name(bundle.name)
     data, card = manifest.data["name"], resource(f"data/{manifest.data['name']}.yaml")
-    is_registered = source.config["data"]["name"] is not None and card.is_file()
+    is_registered = source.config.data.name is not None and card.is_file()
     return _template().render(
         front_matter=_front_matter(source, format, folder, data),
         folder=folder,
@@ -109,10 +108,10 @@ def _shortened(names: list[str]) -> str:
 
 def _selection(source: ExportInput) -> str:
     """Return which images a run was trained on: ``16 shots, seed 1``."""
-    options = {key: value for key, value in run_options(source.config).context().items() if value}
+    options = {key: value for key, value in source.config.data.context().items() if value}
     shots = [f"{options.pop('shots')} shots"] if "shots" in options else []
     named = (f"{key} {value}" for key, value in options.items())
-    return ", ".join([*shots, *named, f"seed {source.config['seed']}"])
+    return ", ".join([*shots, *named, f"seed {source.config.seed}"])
 
 
 def _metrics(source: ExportInput) -> str:
@@ -134,7 +133,7 @@ def _metrics(source: ExportInput) -> str:
 
 
 def _front_matter(source: ExportInput, format: Format, folder: str, data: str) -> str:
-    adapter, has_text = source.config["adapter"], source.adapted.has_text
+    adapter, has_text = source.config.adapter, source.adapted.has_text
     # The metrics are of the run at full strength.
     results = source.results if source.alpha == 1 else []
     card = ModelCardData(
@@ -142,7 +141,7 @@ def _front_matter(source: ExportInput, format: Format, folder: str, data: str) -
         base_model=_base_repository(source),
         library_name=format.library,
         pipeline_tag="zero-shot-image-classification" if has_text else "image-classification",
-        tags=["vlkr", adapter["name"]],
+        tags=["vlkr", adapter.name],
         datasets=[data] if is_repository(data) else None,
         metrics=["accuracy"] if results else None,
         model_name=folder if results else None,
@@ -159,7 +158,7 @@ def _front_matter(source: ExportInput, format: Format, folder: str, data: str) -
             for result in results
         ]
         or None,
-        adapter={"name": adapter["name"], "options": adapter["options"]},
+        adapter={"name": adapter.name, "options": adapter.options},
     )
     return card.to_yaml() + "\n"
 

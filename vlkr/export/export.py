@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from vlkr.adapters import merge_adapters, set_adapter_scale
 from vlkr.datasets import Dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation.runs import adapter_scale, load_run, run_dataset, run_options
 from vlkr.export.card import check_repository, model_card, push
 from vlkr.export.formats import (
     DTYPES,
@@ -37,6 +36,7 @@ from vlkr.files import atomic_folder, check_free, read_json, write_json, write_t
 from vlkr.hashing import weights_hash
 from vlkr.models.clip import logit_scale
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
+from vlkr.runs import RunFolder, adapter_scale
 from vlkr.runtime import pick_device
 from vlkr.version import __version__
 
@@ -164,8 +164,9 @@ def load_input(run: Path, alpha: float) -> tuple[ExportInput, Dataset]:
     Raises:
         VlkrError: if the run cannot be read.
     """
-    bundle, config = load_run(run)
-    dataset = run_dataset(config)
+    folder = RunFolder.open(run)
+    bundle = folder.load_model()
+    dataset = folder.dataset()
     strength = alpha * adapter_scale(bundle)
     set_adapter_scale(bundle.model, strength)
     merged = deepcopy(bundle.model)
@@ -175,10 +176,9 @@ def load_input(run: Path, alpha: float) -> tuple[ExportInput, Dataset]:
     else:
         prompts = tokenize_prompts(bundle.tokenizer, dataset.class_names, dataset.templates)
         embeddings = class_embeddings(merged, prompts, chunk=_TEXTS_AT_A_TIME)
-    metrics = run / "metrics.json"
     source = ExportInput(
-        config=config,
-        results=read_json(metrics)["results"] if metrics.is_file() else [],
+        config=folder.config,
+        results=(folder.metrics() or {"results": []})["results"],
         adapted=bundle,
         merged=merged,
         preprocessing=Preprocessing.of(bundle),
@@ -257,7 +257,7 @@ def _save_classifier(classifier: Classifier, folder: Path) -> None:
 
 
 def _manifest(source: ExportInput, format: str, dtype: str) -> Manifest:
-    data = run_options(source.config)
+    data = source.config.data
     selection = {key: value for key, value in data.context().items() if value is not None}
     return Manifest(
         format=format,
@@ -268,8 +268,8 @@ def _manifest(source: ExportInput, format: str, dtype: str) -> Manifest:
         base_pretrained=source.adapted.pretrained,
         base_sha256=source.adapted.weights_hash,
         weights_sha256=weights_hash(source.merged),
-        adapter=source.config["adapter"],
-        data={"name": data.label, **selection, "seed": source.config["seed"]},
+        adapter=asdict(source.config.adapter),
+        data={"name": data.label, **selection, "seed": source.config.seed},
         class_names=list(source.classifier.class_names),
         templates=list(source.classifier.templates),
         preprocessing=source.preprocessing.to_json(),

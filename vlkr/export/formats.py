@@ -19,6 +19,7 @@ from torchvision import transforms
 
 from vlkr.errors import VlkrError
 from vlkr.models.clip import ClipBundle, evaluation_transform, image_size
+from vlkr.runs import RunConfig
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -204,7 +205,7 @@ class ExportInput:
         alpha: scale of the adapters; 1 as trained, 0 for the base model.
     """
 
-    config: dict[str, Any]
+    config: RunConfig
     results: list[dict[str, Any]]
     adapted: ClipBundle
     merged: nn.Module

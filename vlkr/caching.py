@@ -1,37 +1,49 @@
-"""Files from elsewhere, kept on disk for the next epoch and the next run."""
+"""Downloads and computed tensors on disk, within a size limit, for the next epoch and run."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from vlkr.datasets.remote import MissingError
 from vlkr.errors import VlkrError
-from vlkr.files import read_json, write_json
+from vlkr.files import json_sha256, read_json, sha256_of, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Fetch = Callable[[Path, Callable[[int], None]], str]
 """Writes a file to a path, calls the function with its size once that is known, and returns its
 SHA-256."""
 
 _BELIEVED_SECONDS = 24 * 3600
-# Files whose checksum this process has seen to be right, by path, size and time of change.
-_checked: set[tuple[Path, int, int]] = set()
+# Files whose checksum this process has verified, by path, size and modification time.
+_verified: set[tuple[Path, int, int]] = set()
+
+
+class MissingError(VlkrError):
+    """There is no such file.
+
+    Attributes:
+        is_lasting: it will hardly be there tomorrow.
+    """
+
+    def __init__(self, message: str, is_lasting: bool = True) -> None:
+        super().__init__(message)
+        self.is_lasting = is_lasting
 
 
 def default_cache() -> Cache:
-    """The cache in ``$VLKR_CACHE`` (``~/.cache/vlkr``) of ``$VLKR_CACHE_GB`` (50) gigabytes.
-
-    Raises:
-        VlkrError: if the size is no positive number.
-    """
+    """The cache in ``$VLKR_CACHE`` (``~/.cache/vlkr``) of ``$VLKR_CACHE_GB`` (50) gigabytes."""
     size = os.environ.get("VLKR_CACHE_GB", "50")
     try:
         max_bytes = int(float(size) * 1e9)
@@ -43,13 +55,49 @@ def default_cache() -> Cache:
     return Cache(Path(folder).expanduser(), max_bytes)
 
 
+def cached_tensors(
+    kind: str, key: Mapping[str, Any], make: Callable[[], tuple[dict[str, Tensor], dict[str, str]]]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads tensors and texts from the default cache, or computes and keeps them.
+
+    A cache that cannot be written is a warning.
+
+    Args:
+        kind: of tensors.
+        key: all that the tensors depend on; JSON.
+        make: computes tensors by name, and texts by name.
+    """
+    import safetensors.torch  # which imports torch
+
+    address = f"{kind}/{json_sha256(key)}"
+
+    def refuse(target: Path, on_size: Callable[[int], None]) -> str:
+        raise MissingError("not computed yet", is_lasting=False)
+
+    def write(target: Path, on_size: Callable[[int], None]) -> str:
+        safetensors.torch.save_file(tensors, target, metadata=texts)
+        return sha256_of(target)
+
+    with suppress(VlkrError), default_cache().open(address, refuse) as stream:
+        content = stream.read()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return safetensors.torch.load(content), header.get("__metadata__", {})
+    tensors, texts = make()
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        default_cache().open(address, write).close()
+    except (VlkrError, safetensors.SafetensorError) as error:
+        warnings.warn(f"nothing is cached: {error}; --no-cache turns it off", stacklevel=2)
+    return tensors, texts
+
+
 @dataclass(frozen=True)
 class Cache:
     """A folder of files by address, shared by processes, of bounded size.
 
-    A file stands beside a JSON sidecar with its address, size and SHA-256; one that does not agree
-    with that is fetched again. What is there is not asked for again; that something is missing is
-    believed for a day. What was not used for the longest time gives way to what is new.
+    A JSON sidecar of each file has its address, size and SHA-256; a file that does not match is
+    fetched again. A file that was fetched once is not asked for again; that one is missing is
+    believed for a day. The least recently used files are removed to make room for new ones.
 
     Attributes:
         folder: made when it is needed.
@@ -96,7 +144,7 @@ class Cache:
             self._make_room(size, entry)
             part.replace(data)
             write_json(sidecar, {"address": address, "size": size, "sha256": sha256})
-            _checked.add(entry.state())
+            _verified.add(entry.state())
         except MissingError as error:
             if error.is_lasting:
                 write_json(sidecar, {"address": address, "missing": str(error)})
@@ -153,14 +201,14 @@ class _Entry:
             facts = read_json(self.path("json"))
             if "missing" in facts and time.time() - self.last_used() / 1e9 < _BELIEVED_SECONDS:
                 raise MissingError(facts["missing"])
-            with self.path("data").open("rb") as stream:
-                if self.state() not in _checked and sha256_of(stream) != facts["sha256"]:
-                    return False
+            state = self.state()
+            if state not in _verified and sha256_of(self.path("data")) != facts["sha256"]:
+                return False
+            _verified.add(state)
         except MissingError:
             raise
         except (OSError, VlkrError, KeyError):
             return False
-        _checked.add(self.state())
         return True
 
 
@@ -170,11 +218,3 @@ def _stat(path: Path) -> tuple[int, int]:
     except FileNotFoundError:
         return 0, 0
     return status.st_size, status.st_mtime_ns
-
-
-def sha256_of(stream: BinaryIO) -> str:
-    """Of all that is left in a stream."""
-    digest = hashlib.sha256()
-    while block := stream.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()

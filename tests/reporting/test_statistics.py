@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import binom, bootstrap, norm
 
-from vlkr.comparison.statistics import combined_p, mcnemar, paired_bootstrap
 from vlkr.errors import VlkrError
+from vlkr.reporting.statistics import combined_p, mcnemar, paired_bootstrap
 
 
 def differences(seeds, images, generator, shares=(0.15, 0.65, 0.2)):
