@@ -72,7 +72,6 @@ CONFIGURATIONS = [
     ("sed: 1", "c.yaml; did you mean seed?"),
     ("seed: two", 'unable to convert "two" into int'),
     ("seed: [1, 2]", "seed"),
-    ("adapter: lora", "adapter"),
     ("adapter:\n  nme: lora", "unknown option 'adapter.nme' in "),
     ("adapter:\n  nme: lora", "; did you mean adapter.name?"),
     ("data:\n  batch_sise: 1", "; did you mean data.batch_size?"),
@@ -106,9 +105,9 @@ COMMANDS = [
     (f"{DIGITS} --adapter.targets zz", "target 'zz' matches no"),
     (f"{DIGITS} --adapter.towers zz", "unknown tower 'zz'"),
     (f"{DIGITS} --data.shots 0", "data.shots "),
-    (f"{DIGITS} --optimizer.lr nan", "optimizer.lr "),
-    (f"{DIGITS} --optimizer.lr inf", "optimizer.lr "),
-    (f"{DIGITS} --trainer.epochs 0", "trainer.epochs "),
+    (f"{DIGITS} --optimizer.lr nan", "optimizer.lr is nan"),
+    (f"{DIGITS} --optimizer.lr inf", "optimizer.lr is inf"),
+    (f"{DIGITS} --trainer.epochs 0", "trainer.epochs is 0: it should be greater"),
     (f"{DIGITS} --seed -1", "seed "),
     (f"{DIGITS} --resume", "nothing to resume"),
     (f"{DIGITS} --trainer.accelerator abacus", "trainer.accelerator 'abacus'"),
@@ -171,7 +170,7 @@ def label_out_of_range(folder):
 
 
 DATA = [
-    (corrupt_image, "is no image in a format that is known"),
+    (corrupt_image, "is not an image in a known format"),
     (empty_class, "class 'red' is empty"),
     (truncated_tar, "1.tar: unexpected end of data"),
     (missing_shard, "1.tar is missing"),

@@ -21,8 +21,10 @@ from typing import Annotated, Any, NamedTuple, TextIO
 import yaml
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError
 from cyclopts.config import Dict
+from pydantic import ValidationError
 from rich.console import Console
 
+from vlkr.config import describe_error
 from vlkr.errors import VlkrError
 from vlkr.files import flattened, read_yaml, resource
 from vlkr.reporting.table import show
@@ -177,10 +179,11 @@ def _app(words: Sequence[str]) -> App:
 
 def _read_config(path: Path) -> Dict:
     """Reads a configuration; ``configs/...`` names one that ships, from whichever folder."""
+    given = path
     if not path.is_file() and path.parts[:1] == ("configs",):
         path = resource(str(path))
     if not path.is_file():
-        raise VlkrError(f"no config file {str(path)!r}")
+        raise VlkrError(f"no config file {str(given)!r}")
     options = read_yaml(path)
     if "config" in options:
         raise VlkrError(f"{path} names another config; give each with an option of its own")
@@ -250,6 +253,8 @@ def _explain(error: CycloptsError) -> str:
         if not name.startswith("--"):
             return f"unexpected argument {name!r}"
         return f"unknown option {name}{_nearest(name, known)}"
+    if isinstance(error.__cause__, ValidationError) and error.argument is not None:
+        return describe_error(error.__cause__, error.argument.name.lstrip("-"))
     text = re.sub(r'"?\[([\w.]+)\]"?', r"\1", str(error))
     return text[:1].lower() + text[1:].rstrip(".")
 
