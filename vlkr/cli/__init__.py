@@ -19,12 +19,17 @@ from types import FrameType
 from typing import Annotated, Any, NamedTuple, TextIO
 
 import yaml
-from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError
+from cyclopts import (
+    App,
+    CycloptsError,
+    Parameter,
+    UnknownOptionError,
+    UnusedCliTokensError,
+    ValidationError,
+)
 from cyclopts.config import Dict
-from pydantic import ValidationError
 from rich.console import Console
 
-from vlkr.config import describe_error
 from vlkr.errors import VlkrError
 from vlkr.files import flattened, read_yaml, resource
 from vlkr.reporting.table import show
@@ -253,7 +258,9 @@ def _explain(error: CycloptsError) -> str:
         if not name.startswith("--"):
             return f"unexpected argument {name!r}"
         return f"unknown option {name}{_nearest(name, known)}"
-    if isinstance(error.__cause__, ValidationError) and error.argument is not None:
+    if isinstance(error, ValidationError) and error.argument is not None:
+        from vlkr.config import describe_error
+
         return describe_error(error.__cause__, error.argument.name.lstrip("-"))
     text = re.sub(r'"?\[([\w.]+)\]"?', r"\1", str(error))
     return text[:1].lower() + text[1:].rstrip(".")
