@@ -12,10 +12,8 @@ from rich.console import Console
 from vlkr.cli.options import Switch
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions, load_dataset
-from vlkr.evaluation.report import Evaluation
 from vlkr.files import check_free, write_json, write_text
 from vlkr.reporting.table import Table
-from vlkr.training.adapt import adapt
 
 METHODS = {"kradapter": "KRAdapter", "lora": "LoRA"}
 
@@ -32,7 +30,7 @@ class DemoResult:
         output: folder with ``report.md``, ``results.json`` and ``accuracy.png``.
     """
 
-    evaluations: dict[str, list[Evaluation]]
+    evaluations: dict[str, list[Any]]
     parameters: dict[str, int]
     exported: Any
     context: dict[str, Any]
@@ -125,6 +123,7 @@ def _demo(output: Path, quick: bool, force: bool) -> DemoResult:
     from vlkr.export.export import export
     from vlkr.models.clip import load_clip
     from vlkr.models.names import TINY
+    from vlkr.training.recipe import adapt
 
     seeds = [1] if quick else [1, 2, 3]
     epochs = 2 if quick else 20
