@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 
 from vlkr.adapters import remove_adapters
-from vlkr.adapters.inject import hosts
+from vlkr.adapters.hosts import adapter_layers
 from vlkr.comparison.plan import Cell
 from vlkr.comparison.results import CellFolder
 from vlkr.datasets import Dataset, FewShotDataModule
@@ -130,7 +130,7 @@ def _evaluate(cell: Cell, run: Path, resume: bool) -> tuple[Evaluation, dict[str
                     cache=cell.kind == "zero-shot",
                 )
     finally:
-        if any(True for _ in hosts(bundle.model)):
+        if any(True for _ in adapter_layers(bundle.model)):
             remove_adapters(bundle.model)
         bundle.head = None
         bundle.model.to("cpu")
