@@ -9,10 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
+from vlkr.cli.options import Switch
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions, load_dataset
-from vlkr.evaluation.report import Evaluation, markdown_table, rich_table
+from vlkr.evaluation.report import Evaluation
 from vlkr.files import check_free, write_json, write_text
+from vlkr.reporting.table import Table
 from vlkr.training.adapt import adapt
 
 METHODS = {"kradapter": "KRAdapter", "lora": "LoRA"}
@@ -74,7 +76,7 @@ class DemoResult:
 
     def show(self, console: Console) -> None:
         """Prints the table, its context and where everything lies."""
-        console.print(rich_table(self.rows(), "Top-1 accuracy at home and under shift"))
+        console.print(Table.of("Top-1 accuracy at home and under shift", self.rows()).rich())
         console.print(self.caption(), style="dim", highlight=False)
         self.exported.show(console)
         console.print(f"Chart: {self.output / 'accuracy.png'}", highlight=False)
@@ -94,7 +96,9 @@ def spread(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 
 
-def demo(output: Path = Path("runs/demo"), quick: bool = False, force: bool = False) -> DemoResult:
+def demo(
+    *, output: Path = Path("runs/demo"), quick: Switch = False, force: Switch = False
+) -> DemoResult:
     """Adapts the tiny CLIP to handwritten digits with KRAdapter and with LoRA at equal budget.
 
     Args:
@@ -117,7 +121,7 @@ def demo(output: Path = Path("runs/demo"), quick: bool = False, force: bool = Fa
 
 
 def _demo(output: Path, quick: bool, force: bool) -> DemoResult:
-    from vlkr.evaluation.zero_shot import evaluate_bundle
+    from vlkr.evaluation.evaluate import evaluate_model
     from vlkr.export.export import export
     from vlkr.models.clip import load_clip
     from vlkr.models.names import TINY
@@ -127,7 +131,7 @@ def _demo(output: Path, quick: bool, force: bool) -> DemoResult:
     console = Console(stderr=True)
     home = load_dataset("digits")
     datasets = [home, *(load_dataset(name) for name in home.shifts)]
-    zero_shot = evaluate_bundle(load_clip(TINY), datasets, device="cpu")
+    zero_shot = evaluate_model(load_clip(TINY), datasets, device="cpu")
     evaluations = {"zero-shot": [zero_shot]}
     parameters: dict[str, int] = {}
     for method, label in METHODS.items():
@@ -148,7 +152,7 @@ def _demo(output: Path, quick: bool, force: bool) -> DemoResult:
                 )
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt("start again with --force") from error
-            evaluations[method].append(evaluate_bundle(result.bundle, datasets, device="cpu"))
+            evaluations[method].append(evaluate_model(result.bundle, datasets, device="cpu"))
             parameters[method] = result.parameters
     exported = export(output / "runs" / "kradapter-seed1", output / "export", force=force)
     context = {
@@ -166,7 +170,8 @@ def _demo(output: Path, quick: bool, force: bool) -> DemoResult:
     done = DemoResult(evaluations, parameters, exported, context, output)
     write_json(output / "results.json", done.to_json())
     write_text(
-        output / "report.md", f"# Demo\n\n{markdown_table(done.rows())}\n{done.caption()}.\n"
+        output / "report.md",
+        f"# Demo\n\n{Table.of('', done.rows()).markdown()}\n{done.caption()}.\n",
     )
     plot(done, output / "accuracy.png")
     return done
@@ -176,7 +181,7 @@ def plot(result: DemoResult, path: Path) -> None:
     """Bars of top-1 accuracy, a group a dataset, a colour a method, whiskers over seeds."""
     from matplotlib.figure import Figure
 
-    from vlkr.evaluation.plots import save_figure
+    from vlkr.reporting.figures import save_figure
 
     names = [r.dataset for r in result.evaluations["zero-shot"][0].results]
     figure = Figure(figsize=(9, 4), layout="constrained")
