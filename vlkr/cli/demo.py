@@ -117,7 +117,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _run(output: Path, quick: bool, force: bool) -> DemoResult:
-    from vlkr.evaluation.zero_shot import evaluate_bundle
+    from vlkr.evaluation.evaluate import evaluate_model
     from vlkr.export.export import export
     from vlkr.models.clip import load_clip
     from vlkr.models.names import TINY
@@ -126,7 +126,7 @@ def _run(output: Path, quick: bool, force: bool) -> DemoResult:
     seeds, epochs = ([1], 2) if quick else ([1, 2, 3], 20)
     home = load_dataset("digits")
     datasets = [home, *map(load_dataset, home.shifts)]
-    evaluations = {ZERO_SHOT: [evaluate_bundle(load_clip(TINY), datasets, device="cpu")]}
+    evaluations = {ZERO_SHOT: [evaluate_model(load_clip(TINY), datasets, device="cpu")]}
     parameters = {}
     for method in ("kradapter", "lora"):
         evaluations[method] = []
@@ -143,7 +143,7 @@ def _run(output: Path, quick: bool, force: bool) -> DemoResult:
                 )
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt("start again with --force") from error
-            evaluations[method].append(evaluate_bundle(run.bundle, datasets, device="cpu"))
+            evaluations[method].append(evaluate_model(run.bundle, datasets, device="cpu"))
             parameters[method] = run.parameters
     exported = export(output / "runs" / "kradapter-seed1", output / "export", force=force)
     weights = evaluations[ZERO_SHOT][0].context["weights_sha256"]
