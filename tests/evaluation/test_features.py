@@ -152,7 +152,7 @@ def test_class_embeddings_of_another_kind_are_made_anew(small, colors, monkeypat
         assert len(made) == 1
         return
     if change == "merged":
-        vlkr.merge_adapters(bundle.model)
+        vlkr.merge_and_unload(bundle.model)
     if change == "names":
         dataset = dataclasses.replace(dataset, class_names=("azure", "green", "red"))
     if change == "templates":

@@ -47,7 +47,7 @@ def test_ends_are_the_base_model_and_the_run(line, run, small, colors, shift):
 def test_between_lies_the_sum_of_weights(line, run, colors):
     bundle = RunFolder.open(run).load_model()
     base = {name: p.detach().clone() for name, p in load_clip(bundle.name).model.named_parameters()}
-    vlkr.merge_adapters(bundle.model)
+    vlkr.merge_and_unload(bundle.model)
     with torch.no_grad():
         for name, parameter in bundle.model.named_parameters():
             parameter.copy_(0.5 * base[name] + 0.5 * parameter)

@@ -10,11 +10,11 @@ from helpers import ROOT, write_images, write_shards
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from vlkr.adapters.hosts import weights_hash
 from vlkr.datasets import load_dataset
 from vlkr.datasets.samples import View
 from vlkr.errors import VlkrError
 from vlkr.evaluation.zero_shot import evaluate_bundle
-from vlkr.hashing import weights_hash
 from vlkr.models.clip import load_clip
 from vlkr.runs import RunFolder
 

@@ -243,15 +243,15 @@ def test_a_thousand_finished_cells(loaded, small, colors, tmp_path, case):
     real = {}
     for cell in planned:
         folder = output / "cells" / cell.id
-        if cell.adapter.name not in real:
+        if cell.config.adapter.name not in real:
             run_cells(output, [cell.id])
-            real[cell.adapter.name] = folder
-        original = real[cell.adapter.name]
+            real[cell.config.adapter.name] = folder
+        original = real[cell.config.adapter.name]
         if folder != original:
             shutil.copytree(original, folder)
         write_json(CellFolder(folder).config, {"hash": cell.hash, "cell": cell.to_json()})
         found = read_json(CellFolder(original).result)
-        score = 0.5 + 0.4 * (cell.optimizer.lr == best)
+        score = 0.5 + 0.4 * (cell.config.optimizer.lr == best)
         write_json(CellFolder(folder).result, {**found, "hash": cell.hash, "val_acc1": score})
     with case("load: 1,000 finished cells"):
         taken = loaded("command", *arguments, "--jobs=0")

@@ -11,7 +11,7 @@ from helpers import color_image, small_run, write_images, write_tar
 from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors.torch import load_file, save_file
 
-from vlkr.adapters.inject import hosts
+from vlkr.adapters.hosts import adapter_layers
 from vlkr.config import OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
@@ -34,7 +34,7 @@ def unbroken(small, colors, tmp_path_factory):
 
 
 def host(module, path):
-    return dict(hosts(module.model))[path]
+    return dict(adapter_layers(module.model))[path]
 
 
 def spoil_factors(module):

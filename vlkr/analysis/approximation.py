@@ -157,7 +157,9 @@ class Approximation:
             f"{method} {_numbers(r.parameters for r in self.rows if r.method == method)}"
             for method in self.methods
         )
-        return f"{', '.join(f'{k} {v}' for k, v in context.items())}; parameters: {', '.join(sizes)}"
+        return (
+            f"{', '.join(f'{k} {v}' for k, v in context.items())}; parameters: {', '.join(sizes)}"
+        )
 
     def lines(self) -> list[str]:
         """Returns the caption, and where the report is."""

@@ -126,7 +126,7 @@ def sized_method(name: str, in_features: int, out_features: int, num_terms: int 
             torch.manual_seed(seed)
             adapter = cls(in_features, out_features, **(basis | options))
         if cls.needs_weight:
-            adapter.start(base_weight(seed))
+            adapter.init_from_weight(base_weight(seed))
         return adapter
 
     return Method(name, parameters, make, options, base_weight if cls.needs_weight else None)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlkr.adapters.inject import placed_adapters
+from vlkr.adapters.compose import base_parameter
+from vlkr.adapters.inject import injected_adapters
 from vlkr.adapters.targets import Target, candidates
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate
@@ -75,15 +76,17 @@ def model_spectra(model: nn.Module) -> list[Layer]:
     modules = dict(model.named_modules())
     known = {(target.module, target.slot): target for target in candidates(model)}
     layers = []
-    for placed in placed_adapters(model):
-        if placed.adapter.adapts_bias:
+    for injected in injected_adapters(model):
+        if injected.adapter.adapts_bias:
             continue
-        weight = placed.slot.select(modules[placed.module].get_parameter(placed.slot.parameter))
+        weight = injected.slot.select(
+            base_parameter(modules[injected.module], injected.slot.parameter)
+        )
         out_features, in_features = weight.shape
         # A parameter that no linear layer owns goes by its own name.
-        plain = Target(placed.module, placed.slot, placed.name, in_features, out_features)
-        target = known.get((placed.module, placed.slot), plain)
-        delta = placed.scale * placed.adapter.delta(weight)
+        plain = Target(injected.module, injected.slot, injected.name, in_features, out_features)
+        target = known.get((injected.module, injected.slot), plain)
+        delta = injected.scale * injected.adapter.delta(weight)
         measures, sigma, base_sigma = layer_measures(delta.float(), weight.float())
         layers.append(
             Layer(

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from vlkr.adapters import merged
-from vlkr.adapters.inject import hosts
+from vlkr.adapters.hosts import adapter_layers, weights_hash
 from vlkr.caching import cached_tensors
 from vlkr.datasets import Dataset, Source
 from vlkr.datasets.pipelines import evaluation_loader
 from vlkr.datasets.samples import good_samples
 from vlkr.errors import VlkrError
-from vlkr.hashing import weights_hash
 from vlkr.models.clip import ClipBundle, encode_image
 from vlkr.runtime import check_num_workers, pick_device, world_size
 
@@ -137,7 +136,7 @@ def measured(bundle: ClipBundle, device: str) -> Iterator[Measured]:
     """Puts a model on a device and merges its adapters within the block."""
     target = pick_device(device)
     model = bundle.model.to(target).eval()
-    adapted = any(True for _ in hosts(model))
+    adapted = any(True for _ in adapter_layers(model))
     with merged(model) if adapted else nullcontext(), torch.inference_mode():
         yield Measured(bundle, target)
 
@@ -167,7 +166,7 @@ def feature_batches(
         raise VlkrError(f"batch size {batch_size} is too small, expected at least 1")
     check_num_workers(num_workers)
     encoded = _encoded(subject, source, batch_size, num_workers, max_bad, advance)
-    adapted = any(path.split(".")[0] == "visual" for path, _ in hosts(subject.model))
+    adapted = any(path.split(".")[0] == "visual" for path, _ in adapter_layers(subject.model))
     if not cache or adapted or world_size() > 1:
         yield from encoded
         return

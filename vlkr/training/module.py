@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import lightning as L
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torchmetrics.classification import MulticlassAccuracy
 
-from vlkr.adapters import ComposedOnce, adapter_parameters
-from vlkr.adapters.inject import hosts
+from vlkr.adapters import ComposedWeightCache, adapter_parameters
+from vlkr.adapters.hosts import adapter_layers, is_adapter_key
 from vlkr.config import OptimizerConfig
 from vlkr.datasets.pipelines import Batch
 from vlkr.datasets.streaming import TrainLoader
@@ -71,7 +72,7 @@ class FewShotModule(L.LightningModule):
         self.optimizer_options = optimizer
         self.seed = seed
         self.classes_per_step = classes_per_step
-        self.composed_once = ComposedOnce(bundle.model)
+        self.composed_weights = ComposedWeightCache(bundle.model)
         self.steps_next = True
         self.step_keys: list[str] = []
         self.loader_state: dict[str, int] | None = None
@@ -86,7 +87,8 @@ class FewShotModule(L.LightningModule):
         self.register_buffer("prompts", prompts, persistent=False)
         self.register_buffer("embeddings", torch.empty(0), persistent=False)
         self.adapted_towers = {
-            "visual" if path.startswith("visual") else "text" for path, _ in hosts(bundle.model)
+            "visual" if path.startswith("visual") else "text"
+            for path, _ in adapter_layers(bundle.model)
         }
         self.val_accuracy = MulticlassAccuracy(num_classes=len(class_names), average="micro")
 
@@ -142,7 +144,7 @@ class FewShotModule(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         """The base model stays in eval mode, the adapters train."""
         self.model.eval()
-        for _, host in hosts(self.model):
+        for _, host in adapter_layers(self.model):
             host.adapters.train()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -154,8 +156,8 @@ class FewShotModule(L.LightningModule):
         """Cross-entropy of one batch."""
         accumulate = self.trainer.accumulate_grad_batches
         alone = self.trainer.world_size == 1  # composing once bypasses DDP's reduction
-        if accumulate > 1 and alone and not self.composed_once.open:
-            self.composed_once.begin()
+        if accumulate > 1 and alone and not self.composed_weights.open:
+            self.composed_weights.begin()
         self.steps_next = (batch_idx + 1) % accumulate == 0 or self.trainer.is_last_batch
         chosen = self._choose_classes(batch.labels)
         labels = batch.labels if chosen is None else torch.searchsorted(chosen, batch.labels)
@@ -175,11 +177,11 @@ class FewShotModule(L.LightningModule):
 
     def on_after_backward(self) -> None:
         """Refuses a model whose code bypasses an adapter, which would silently not be trained."""
-        if self.steps_next and self.composed_once.open:
-            self.composed_once.finish()
+        if self.steps_next and self.composed_weights.open:
+            self.composed_weights.finish()
         if self.global_step or not self.steps_next:
             return
-        for path, host in hosts(self.model):
+        for path, host in adapter_layers(self.model):
             if all(p.grad is None for p in host.adapters.parameters()):
                 raise VlkrError(f"the model's forward pass does not use the adapter on {path}")
 
@@ -226,7 +228,8 @@ class FewShotModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the adapters and the class head only, and those only if they are finite."""
-        state = {k: tensor for k, tensor in checkpoint["state_dict"].items() if _is_trained(k)}
+        is_trained = self._is_trained()
+        state = {k: tensor for k, tensor in checkpoint["state_dict"].items() if is_trained(k)}
         if bad := [key for key, tensor in state.items() if not all_finite([tensor])]:
             raise VlkrError(
                 f"{some_of(bad, 1).removeprefix('model.')} not finite after step "
@@ -235,6 +238,10 @@ class FewShotModule(L.LightningModule):
         checkpoint["state_dict"] = state
         checkpoint["base_sha256"] = self.base_hash
         checkpoint["train_loader"] = self._loader().state_dict()
+
+    def _is_trained(self) -> Callable[[str], bool]:
+        is_adapter = is_adapter_key(self)
+        return lambda key: is_adapter(key) or key.startswith("head.")
 
     def _loader(self) -> TrainLoader:
         loader = self.trainer.train_dataloader
@@ -245,11 +252,8 @@ class FewShotModule(L.LightningModule):
         """Raises :class:`VlkrError` if the checkpoint belongs to another base model or adapter."""
         if checkpoint.get("base_sha256") != self.base_hash:
             raise VlkrError("the checkpoint was written for other base weights")
-        own = {key: t.shape for key, t in self.state_dict().items() if _is_trained(key)}
+        is_trained = self._is_trained()
+        own = {key: t.shape for key, t in self.state_dict().items() if is_trained(key)}
         if own != {key: t.shape for key, t in checkpoint["state_dict"].items()}:
             raise VlkrError("the checkpoint was written for other adapters or targets")
         self.loader_state = checkpoint["train_loader"]
-
-
-def _is_trained(key: str) -> bool:
-    return ".adapters." in key or key.startswith("head.")

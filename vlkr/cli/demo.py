@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from vlkr.cli.options import Switch
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions, load_dataset
 from vlkr.evaluation.report import Evaluation, markdown_table, rich_table
@@ -94,7 +95,9 @@ def spread(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 
 
-def demo(output: Path = Path("runs/demo"), quick: bool = False, force: bool = False) -> DemoResult:
+def demo(
+    *, output: Path = Path("runs/demo"), quick: Switch = False, force: Switch = False
+) -> DemoResult:
     """Adapts the tiny CLIP to handwritten digits with KRAdapter and with LoRA at equal budget.
 
     Args:
