@@ -157,9 +157,8 @@ class Approximation:
             f"{method} {_numbers(r.parameters for r in self.rows if r.method == method)}"
             for method in self.methods
         )
-        return (
-            f"{', '.join(f'{k} {v}' for k, v in context.items())}; parameters: {', '.join(sizes)}"
-        )
+        parts = (f"{key} {value}" for key, value in context.items())
+        return f"{', '.join(parts)}; parameters: {', '.join(sizes)}"
 
     def lines(self) -> list[str]:
         """Returns the caption, and where the report is."""

@@ -79,27 +79,16 @@ def model_spectra(model: nn.Module) -> list[Layer]:
     for injected in injected_adapters(model):
         if injected.adapter.adapts_bias:
             continue
-        weight = injected.slot.select(
-            base_parameter(modules[injected.module], injected.slot.parameter)
-        )
-        out_features, in_features = weight.shape
+        module, slot = injected.module, injected.slot
+        weight = slot.select(base_parameter(modules[module], slot.parameter))
         # A parameter that no linear layer owns goes by its own name.
-        plain = Target(injected.module, injected.slot, injected.name, in_features, out_features)
-        target = known.get((injected.module, injected.slot), plain)
+        plain = Target(module, slot, injected.name, weight.shape[1], weight.shape[0])
+        target = known.get((module, slot), plain)
         delta = injected.scale * injected.adapter.delta(weight)
         measures, sigma, base_sigma = layer_measures(delta.float(), weight.float())
-        layers.append(
-            Layer(
-                target.path,
-                target.tower or "model",
-                target.block,
-                target.name,
-                (out_features, in_features),
-                measures,
-                sigma.tolist(),
-                base_sigma.tolist(),
-            )
-        )
+        names = target.path, target.tower or "model", target.block, target.name
+        shape, spectra = (weight.shape[0], weight.shape[1]), (sigma.tolist(), base_sigma.tolist())
+        layers.append(Layer(*names, shape, measures, *spectra))
     return layers
 
 
