@@ -276,17 +276,13 @@ class Spectra:
 
     def sentences(self) -> list[str]:
         """Returns comparisons and correlations in words."""
-        sentences = [
-            f"{c['methods'][0]} has a higher effective rank than {c['methods'][1]} in "
-            f"{c['first_above']} of {c['layers']} layers."
-            for c in self.comparisons()
-        ]
+        text = "{} has a higher effective rank than {} in {first_above} of {layers} layers."
+        sentences = [text.format(*c["methods"], **c) for c in self.comparisons()]
         if self.correlations:
             runs = sum(run.accuracy_drop is not None for run in self.runs)
             text = ", ".join(f"{name} {value:+.2f}" for name, value in self.correlations.items())
-            sentences.append(
-                f"Spearman correlation with the accuracy drop under shift, {runs} runs: {text}."
-            )
+            start = f"Spearman correlation with the accuracy drop under shift, {runs} runs"
+            sentences.append(f"{start}: {text}.")
         return sentences
 
     def lines(self) -> list[str]:
@@ -374,8 +370,7 @@ def spectrum(
 
     Args:
         run: folders written by ``vlkr adapt``.
-        shifts: for three runs or more, also evaluate each one under the shifts of its dataset
-            and correlate its spectra with its accuracy drop there.
+        shifts: for three runs or more, also correlate the spectra with the accuracy drop.
         device: where to evaluate.
         output: folder for ``spectrum.json``, ``report.md``, ``heatmap.png`` and ``curves.png``.
         force: allow a non-empty output folder.
@@ -390,15 +385,14 @@ def spectrum(
     folders = [RunFolder.open(path) for path in run]
     labels = method_labels(folders)
     runs = []
-    for folder in folders:
-        layers = model_spectra(folder.load_model().model)
-        label = labels[folder.path]
-        if not layers:
-            raise VlkrError(f"{folder.path} changed no weight: {label!r} adapts something else")
-        runs.append(RunSpectra(str(folder.path), label, layers))
+    for path, folder in zip(run, folders, strict=True):
+        runs.append(RunSpectra(str(path), labels[path], model_spectra(folder.load_model().model)))
+        if not runs[-1].layers:
+            method = runs[-1].method
+            raise VlkrError(f"{path} changed no weight: {method!r} adapts something else")
     if shifts and len(runs) > 2:
-        for folder, spectra in zip(folders, runs, strict=True):
-            spectra.accuracy_drop = accuracy_drop(folder.path, device)
+        for path, spectra in zip(run, runs, strict=True):
+            spectra.accuracy_drop = accuracy_drop(path, device)
     result = Spectra(runs, correlations(runs), output)
     if output is not None:
         result.write(output)
