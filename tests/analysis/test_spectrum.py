@@ -25,7 +25,8 @@ from vlkr.cli import main
 from vlkr.config import AdapterConfig
 from vlkr.errors import VlkrError
 from vlkr.evaluation.interpolation import interpolate
-from vlkr.evaluation.report import DatasetResult, Evaluation
+from vlkr.evaluation.metrics import DatasetResult
+from vlkr.evaluation.report import Evaluation
 from vlkr.models.clip import load_clip
 
 

@@ -151,7 +151,7 @@ def accuracy_drop(folder: Path, device: str = "auto") -> float | None:
     evaluation = evaluate(run=folder, device=device)
     if not evaluation.shifts:
         return None
-    return evaluation.home.metrics["acc1"] - evaluation.mean_shift()
+    return evaluation.in_distribution.metrics["acc1"] - evaluation.mean_shift()
 
 
 def correlations(runs: Sequence[RunSpectra]) -> dict[str, float]:

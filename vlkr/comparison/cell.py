@@ -30,10 +30,11 @@ from vlkr.datasets import Dataset, FewShotDataModule
 from vlkr.datasets.samples import View
 from vlkr.datasets.transforms import to_tensor
 from vlkr.errors import VlkrError
+from vlkr.evaluation.evaluate import evaluate_model
 from vlkr.evaluation.features import Features, image_features
+from vlkr.evaluation.metrics import measure
 from vlkr.evaluation.predictions import Predictions, predict
 from vlkr.evaluation.report import Evaluation
-from vlkr.evaluation.zero_shot import dataset_result, evaluate_bundle
 from vlkr.files import atomic_file, read_json, write_json
 from vlkr.models.clip import ClipBundle
 from vlkr.models.loading import load_model
@@ -120,7 +121,7 @@ def _evaluate(cell: Cell, run: Path, resume: bool) -> tuple[Evaluation, dict[str
                     costs["train_images"] = (trained_run.metrics() or {}).get("training images")
                 elif cell.kind == "adapter":
                     costs |= _train(cell, bundle, run, resume)
-                evaluation = evaluate_bundle(
+                evaluation = evaluate_model(
                     bundle,
                     [eval_set.load() for eval_set in cell.sets],
                     batch_size=BATCH_SIZE,
@@ -203,7 +204,7 @@ def linear_probe(bundle: ClipBundle, cell: Cell, device: str) -> tuple[Evaluatio
         images = features(measured, "test")
         logits = torch.from_numpy(probe_logits(probe, images.features.numpy())[:, columns])
         predictions = predict(logits, images.labels, images.keys, images.domains)
-        results.append(dataset_result(measured, "test", Predictions.joined([predictions]), True))
+        results.append(measure(Predictions.joined([predictions]), measured, keep=True))
     context = {
         "model": bundle.name,
         "pretrained": bundle.pretrained,
