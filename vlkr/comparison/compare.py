@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import methodcaller
@@ -11,6 +11,7 @@ from pathlib import Path
 from vlkr.comparison.dry_run import DryRun
 from vlkr.comparison.engine import CellStates, run_grid
 from vlkr.comparison.figures import (
+    At,
     plot_bars,
     plot_calibration,
     plot_over_shots,
@@ -151,7 +152,8 @@ def compare_report(
         return mean_over(results, method, every, SelectedRuns.shift_means)
 
     first, most = next(iter(sets)), shots[-1]
-    panels = {first if len(sets) == 1 else f"mean of {len(sets)} datasets": in_distribution}
+    name = first if len(sets) == 1 else f"mean of {len(sets)} datasets"
+    panels: dict[str, At] = {name: in_distribution}
     if shifted:
         panels["mean of shifts"] = under_shift
     tables = [
@@ -223,7 +225,7 @@ def _accuracy_table(
 def _pictures(
     results: GridResults,
     sets: dict[str, tuple[str, ...]],
-    panels: dict[str, Callable[[str, Place], list[float]]],
+    panels: dict[str, At],
     places: list[Place],
 ) -> list[Picture]:
     pictures = []
