@@ -13,6 +13,7 @@ from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions, load_dataset
 from vlkr.evaluation.report import Evaluation, markdown_table, rich_table
 from vlkr.files import check_free, write_json, write_text
+from vlkr.reporting.table import show
 from vlkr.training.adapt import adapt
 
 METHODS = {"kradapter": "KRAdapter", "lora": "LoRA"}
@@ -76,7 +77,7 @@ class DemoResult:
         """Prints the table, its context and where everything lies."""
         console.print(rich_table(self.rows(), "Top-1 accuracy at home and under shift"))
         console.print(self.caption(), style="dim", highlight=False)
-        self.exported.show(console)
+        show(self.exported, console)
         console.print(f"Chart: {self.output / 'accuracy.png'}", highlight=False)
 
     @staticmethod

@@ -207,7 +207,7 @@ def test_workers_and_a_process_of_its_own(model, photos, capsys):
     _, lines = lines_of(capsys, "--model", model, photos)
     code = (
         "import sys; from vlkr.cli import main; status = main(sys.argv[1:])\n"
-        "optional = {'onnx', 'onnxruntime', 'transformers', 'vlkr.export.timm'}\n"
+        "optional = {'onnx', 'onnxruntime', 'vlkr.export.timm', 'vlkr.export.transformers'}\n"
         "print(*(optional & set(sys.modules)), file=sys.stderr); sys.exit(status)"
     )
     words = ["predict", "--model", model, photos, "--num-workers=2", "--batch-size=2"]

@@ -21,12 +21,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from vlkr.errors import VlkrError, printable
-from vlkr.evaluation.report import METRICS, cell, markdown_table, markdown_text
+from vlkr.evaluation.report import METRICS, cell
 from vlkr.export.formats import ExportInput, Format, Manifest
 from vlkr.export.parity import Parity
 from vlkr.files import read_yaml, resource
 from vlkr.models.clip import hub_repository
 from vlkr.models.names import TINY, is_timm
+from vlkr.reporting.table import Table, markdown_text
 from vlkr.version import __version__
 
 _MAX_NAMES = 20
@@ -126,9 +127,9 @@ def _metrics(source: ExportInput) -> str:
     ]
     note = "" if source.alpha == 1 else ", not at the strength of this export"
     return (
-        f"{markdown_table(rows)}\nOf the adapted model in fp32 at full strength of the adapter"
-        f"{note}; {_selection(source)}, templates {markdown_text(str(results[0]['templates']))}, "
-        "final checkpoint.\n"
+        f"{Table.of('', rows).markdown()}\nOf the adapted model in fp32 at full strength of the "
+        f"adapter{note}; {markdown_text(_selection(source))}, templates "
+        f"{markdown_text(str(results[0]['templates']))}, final checkpoint.\n"
     )
 
 
