@@ -39,6 +39,22 @@ _PREPROCESS = {
 }
 
 
+def tolerance(like: torch.Tensor, terms: int = 1, condition: float = 1.0) -> float:
+    """The largest difference that rounding makes between two ways of computing ``like``.
+
+    Every product and sum is off by an eps of the dtype, a sum of ``terms`` by so many at worst, and
+    what follows multiplies that by ``condition``. A factor of 32 leaves room for other kernels and
+    for injected noise.
+
+    Args:
+        like: one of the results; its largest magnitude counts.
+        terms: length of the longest sum.
+        condition: by how much errors of the operands grow.
+    """
+    largest = float(like.detach().abs().max()) or 1.0
+    return 32 * torch.finfo(like.dtype).eps * terms * condition * largest
+
+
 def write_clip(folder: Path, seed: int = 0) -> str:
     """Writes an open_clip folder with random weights; returns the model's name for vlkr."""
     folder.mkdir(parents=True)

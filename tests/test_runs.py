@@ -19,7 +19,7 @@ from vlkr.adapters import adapter_state_dict
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
-from vlkr.evaluation.zero_shot import with_shifts
+from vlkr.evaluation.evaluate import with_shifts
 from vlkr.runs import NEUTRAL, RunConfig, RunFolder, method_labels
 
 # As version 0.1.0 wrote it, for a run of this test's arguments.

@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 
 from vlkr.adapters import load_adapter, match_budget, save_adapter, set_adapter_scale
-from vlkr.adapters.inject import placed_adapters
+from vlkr.adapters.inject import injected_adapters
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig, from_plain
 from vlkr.datasets import DataOptions, Dataset
 from vlkr.datasets.samples import View
@@ -367,7 +367,7 @@ class RunFolder:
 
 def adapter_scale(bundle: ClipBundle) -> float:
     """Returns the factor of a model's adapters, 1 as they are trained."""
-    return placed_adapters(bundle.model)[0].scale
+    return injected_adapters(bundle.model)[0].scale
 
 
 def method_labels(runs: Sequence[RunFolder]) -> dict[Path, str]:

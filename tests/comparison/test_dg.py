@@ -50,7 +50,7 @@ def test_no_cell_trains_on_what_it_is_tested_on(grid, selection):
                 cell = cells[name]
                 if cell.seed is None:
                     continue
-                trained = keys(cell.data.load(), "train")
+                trained = keys(cell.config.data.load(), "train")
                 assert all(not key.startswith(f"{test}/") for key in trained)
                 measured = {chosen.name: keys(chosen.load()) for chosen in cell.sets}
                 assert {key.split("/")[0] for key in measured[test]} == {test}
@@ -61,7 +61,7 @@ def test_no_cell_trains_on_what_it_is_tested_on(grid, selection):
                     assert seen == ({test} if selection == "oracle" else set(DOMAINS) - {test})
             for reading in candidate.readings:
                 if selection == "leave-one-domain-out" and len(entry.candidates) > 1:
-                    trained = keys(cells[reading.cell].data.load(), "train")
+                    trained = keys(cells[reading.cell].config.data.load(), "train")
                     assert {key.split("/")[0] for key in trained} == (
                         set(DOMAINS) - {test, reading.set}
                     )

@@ -82,7 +82,7 @@ def test_a_file_that_changes_between_two_answers_is_read_anew(server, tmp_path):
         ("lie", "3,000,000 of 3,000,001 bytes came"),
         ("refuse", "Remote end closed connection without response"),
         ("stall", "timed out"),
-        ("short", "the server does not tell how much it sends"),
+        ("short", "the server does not state the length of its answer"),
         (500, "the server answers 500 Internal Server Error"),
         (429, "the server answers 429 Too Many Requests"),
     ],
@@ -183,7 +183,7 @@ def test_the_hubs_checksum_is_held_against_the_file(server, tmp_path):
     server.extra = {"X-Linked-ETag": f'"{hashlib.sha256(DATA).hexdigest()}"'}
     fetch(server, tmp_path / "t", "lfs")
     server.extra = {"X-Linked-ETag": f'"{"0" * 64}"'}
-    with pytest.raises(VlkrError, match=r"SHA-256 \w{12}, the server tells 000000000000"):
+    with pytest.raises(VlkrError, match=r"SHA-256 \w{12}, the server states 000000000000"):
         fetch(server, tmp_path / "t", "lfs")
 
 

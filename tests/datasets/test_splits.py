@@ -102,19 +102,32 @@ def test_pickles_are_refused_unread(tmp_path, name):
     assert not path.with_suffix(".run").exists()
 
 
+def line(key, label, part="train"):
+    return json.dumps({"key": key, "label": label, "part": part}) + "\n"
+
+
 HEADER = '{"format": "vlkr split 1", "class_names": ["red", "green", "blue"]}\n'
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("s.jsonl", "", "line 1 is no line of a split file"),
+        ("s.jsonl", "", "line 1 is not a line of a split file"),
         ("s.jsonl", '{"format": "other"}\n', "line 1 .*format 'other', expected 'vlkr split 1'"),
-        ("s.jsonl", HEADER + '{"key": "a"}\n', "line 2 is no line of a split file: KeyError"),
-        ("s.jsonl", HEADER + "no JSON\n", "line 2 is no line of a split file"),
+        ("s.jsonl", HEADER + '{"key": "a"}\n', "line 2 is not a line of a split file: KeyError"),
+        ("s.jsonl", HEADER + "no JSON\n", "line 2 is not a line of a split file"),
+        ("s.jsonl", HEADER + line("a", float("inf")), "line 2 .*: OverflowError"),
+        ("s.jsonl", HEADER + "[" * 100_000, "line 2 .*: RecursionError"),
+        ("s.jsonl", "[" * 100_000, "line 1 .*: RecursionError"),
+        ("s.json", '{"train": [["a", Infinity, "x"]]}', r"\['a', inf, 'x'\] in 'train' is not a"),
+        ("s.json", '{"train": [["a", 0, "x"]], "val": 3}', "has no list 'train' or 'val'"),
         ("s.json", "[]", "holds a list, expected a mapping"),
-        ("s.json", '{"test": []}', "has no list 'train', expected CoOp's form"),
-        ("s.json", '{"train": [["a"]]}', r"\['a'\] in 'train' is no sample, expected \[path, lab"),
+        ("s.json", '{"test": []}', "has no list 'train' or 'val', expected CoOp's form"),
+        (
+            "s.json",
+            '{"train": [["a"]]}',
+            r"\['a'\] in 'train' is not a sample, expected \[p",
+        ),
     ],
 )
 def test_files_that_are_no_split(tmp_path, name, content, message):
@@ -125,10 +138,6 @@ def test_files_that_are_no_split(tmp_path, name, content, message):
 def test_missing_file(tmp_path):
     with pytest.raises(VlkrError, match=r"cannot read .*none\.jsonl: No such file"):
         read_split(tmp_path / "none.jsonl")
-
-
-def line(key, label, part="train"):
-    return json.dumps({"key": key, "label": label, "part": part}) + "\n"
 
 
 @pytest.mark.parametrize(

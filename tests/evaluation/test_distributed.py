@@ -13,7 +13,7 @@ from helpers import write_images, write_shards
 
 from vlkr.datasets import load_dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation.zero_shot import evaluate_bundle
+from vlkr.evaluation.evaluate import evaluate_model
 from vlkr.runs import RunFolder
 from vlkr.runtime import gather, processes, rank, world_size
 
@@ -23,7 +23,7 @@ OPTIONS = ({}, {"batch_size": 5}, {"batch_size": 3, "num_workers": 2}, {"cache":
 def measure(run, roots, options):
     bundle = RunFolder.open(run).load_model()
     home, shift, strange = (load_dataset(root) for root in roots)
-    found = evaluate_bundle(
+    found = evaluate_model(
         bundle,
         [home, shift],
         unknown=[strange],

@@ -15,7 +15,8 @@ from vlkr.config import AdapterConfig
 from vlkr.errors import VlkrError
 from vlkr.evaluation import spectra as module
 from vlkr.evaluation.interpolation import interpolate
-from vlkr.evaluation.report import DatasetResult, Evaluation
+from vlkr.evaluation.metrics import DatasetResult
+from vlkr.evaluation.report import Evaluation
 from vlkr.evaluation.spectra import (
     correlations,
     layer_measures,

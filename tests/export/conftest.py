@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vlkr.adapters import adapter_parameters, add_adapters, save_adapter
-from vlkr.adapters.inject import placed_adapters
+from vlkr.adapters.inject import injected_adapters
 from vlkr.datasets import DataOptions, load_dataset
 from vlkr.datasets.images import decode_image
 from vlkr.export.export import export
@@ -91,7 +91,7 @@ def make_run():
             "pretrained": pretrained,
             "adapter": {
                 "name": adapter,
-                "options": placed_adapters(bundle.model)[0].adapter.options(),
+                "options": injected_adapters(bundle.model)[0].adapter.options(),
             },
             "data": {"name": "digits", "root": None, "shots": 16, "templates": None}
             | {"test_fraction": 0.5}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlkr.adapters import merge_adapters, set_adapter_scale
+from vlkr.adapters import merge_and_unload, set_adapter_scale
 from vlkr.models.zero_shot import class_embeddings
 from vlkr.runs import RunFolder
 
@@ -19,7 +19,7 @@ class Outputs(NamedTuple):
 def merged(run):
     """The bundle of a run, its adapters merged."""
     bundle = RunFolder.open(run).load_model()
-    merge_adapters(bundle.model)
+    merge_and_unload(bundle.model)
     return bundle
 
 

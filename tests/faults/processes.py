@@ -17,7 +17,7 @@ PRELOADED = (
     "vlkr.comparison.dg",
     "vlkr.comparison.transfer",
     "vlkr.datasets.pack",
-    "vlkr.evaluation.zero_shot",
+    "vlkr.evaluation.evaluate",
     "vlkr.export.export",
     "vlkr.export.open_clip",
     "vlkr.export.parity",

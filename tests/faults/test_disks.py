@@ -127,7 +127,7 @@ def test_a_half_written_checkpoint_is_refused_and_kept(
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path, case, is_long, unbroken):
-    from vlkr.training.checkpoints import check_checkpoint
+    from vlkr.training.trainer import check_checkpoint
 
     path = tmp_path / "last.ckpt"
     whole = (unbroken / CHECKPOINT).read_bytes()
@@ -154,7 +154,7 @@ HARMLESS = {"loops": {"fit_loop": {}}, "train_loader": {"epoch": "x"}, "global_s
 
 
 def test_a_checkpoint_of_another_structure_is_refused(tmp_path, small, colors, case, unbroken):
-    from vlkr.training.checkpoints import SealedCheckpoints
+    from vlkr.training.trainer import SealedCheckpoints
 
     def resume(changes):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_structure_is_refused(tmp_path, small, colors, c
 
 
 def test_a_pickled_checkpoint_is_never_run(tmp_path, small, colors, case, unbroken):
-    from vlkr.training.checkpoints import SealedCheckpoints
+    from vlkr.training.trainer import SealedCheckpoints
 
     class Bomb:
         def __reduce__(self):

@@ -11,12 +11,12 @@ from helpers import color_image, small_run, write_images, write_tar
 from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors.torch import load_file, save_file
 
-from vlkr.adapters.inject import hosts
+from vlkr.adapters.hosts import adapter_layers
 from vlkr.config import OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
-from vlkr.training.checkpoints import check_checkpoint
 from vlkr.training.module import FewShotModule
+from vlkr.training.trainer import check_checkpoint
 
 pytestmark = pytest.mark.faults
 
@@ -34,7 +34,7 @@ def unbroken(small, colors, tmp_path_factory):
 
 
 def host(module, path):
-    return dict(hosts(module.model))[path]
+    return dict(adapter_layers(module.model))[path]
 
 
 def spoil_factors(module):
@@ -167,7 +167,7 @@ def test_a_large_logit_scale_is_trained_with(tmp_path, small, colors, case):
     model = with_logit_scale(small, tmp_path / "clip", math.log(5000))
     with case(SCALE):
         result = small_run(tmp_path / "run", model, colors)
-        assert math.isfinite(result.evaluation.home.metrics["nll"])
+        assert math.isfinite(result.evaluation.in_distribution.metrics["nll"])
 
 
 def test_a_class_with_one_image(tmp_path, small, case):
@@ -183,7 +183,7 @@ def test_all_images_alike(tmp_path, small, case):
     for path in root.rglob("*.png"):
         path.write_bytes(color_image("red", 0))
     with case(DATA):
-        metrics = small_run(tmp_path / "run", small, root).evaluation.home.metrics
+        metrics = small_run(tmp_path / "run", small, root).evaluation.in_distribution.metrics
         assert all(math.isfinite(value) for value in metrics.values())
 
 
@@ -209,6 +209,6 @@ def test_ten_thousand_classes(tmp_path, small, case):
     with case(DATA):
         trainer = TrainerConfig(epochs=1, **CPU)
         result = small_run(tmp_path / "run", small, root, data=data, trainer=trainer)
-        assert result.evaluation.home.images == 10
+        assert result.evaluation.in_distribution.images == 10
         metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
         assert metrics["classes per step"] == 2048

@@ -26,12 +26,12 @@ from vlkr.datasets.images import decode_image
 from vlkr.datasets.samples import BadSample, Sample
 from vlkr.datasets.splits import read_split
 from vlkr.errors import VlkrError
-from vlkr.evaluation.metrics import Confused
-from vlkr.evaluation.report import DatasetResult, Evaluation, evaluation_markdown
+from vlkr.evaluation.metrics import Confused, DatasetResult
+from vlkr.evaluation.report import Evaluation
 from vlkr.files import read_json, read_yaml
 from vlkr.models.clip import load_clip
 from vlkr.reporting.page import html_page
-from vlkr.reporting.table import Table
+from vlkr.reporting.table import Table, show
 from vlkr.runs import RunFolder
 
 pytestmark = pytest.mark.faults
@@ -148,7 +148,7 @@ def evaluation():
 def test_names_do_not_steer_a_terminal(case):
     output = io.StringIO()
     with case(NAMES):
-        evaluation().show(Console(file=output, width=300))
+        show(evaluation(), Console(file=output, width=300))
         text = output.getvalue()
         assert "[bold red]" in text
         assert not {"\x1b", "\x07", "\u202e"} & set(text)
@@ -156,7 +156,7 @@ def test_names_do_not_steer_a_terminal(case):
 
 def test_names_do_not_steer_a_markdown_page(case):
     with case(NAMES):
-        text = evaluation_markdown(evaluation())
+        text = evaluation().markdown()
         assert "<script>" not in text
         assert not {"\x1b", "\x07", "\u202e"} & set(text)
         assert "\n# [a]" not in text

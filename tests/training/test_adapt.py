@@ -61,7 +61,7 @@ def test_run_folder_is_whole(hundred_steps, small, colors):
     assert (config["model"], config["data"]["root"], config["seed"]) == (small, str(colors), 1)
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["parameters"] == hundred_steps.parameters
-    assert metrics["results"][0]["metrics"] == hundred_steps.evaluation.home.metrics
+    assert metrics["results"][0]["metrics"] == hundred_steps.evaluation.in_distribution.metrics
     assert "| colors |" in (run / "report.md").read_text()
     (event_file,) = events
     events = EventAccumulator(str(run / event_file)).Reload()
@@ -73,7 +73,7 @@ def test_loss_falls_and_the_classes_are_learnt(hundred_steps):
     found = losses(hundred_steps.output)
     assert len(found) == 100
     assert sum(found[-10:]) < 0.5 * sum(found[:10])
-    assert hundred_steps.evaluation.home.metrics["acc1"] > 0.9
+    assert hundred_steps.evaluation.in_distribution.metrics["acc1"] > 0.9
 
 
 def test_base_weights_are_bit_identical_after_100_steps(hundred_steps, small):

@@ -48,7 +48,7 @@ def test_it_learns_the_classes_and_is_measured(run):
 def test_loaded_again_it_measures_the_same(run, capsys):
     assert main(["evaluate", "--run", str(run.output), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
-    assert again["results"][0]["metrics"] == run.evaluation.home.metrics
+    assert again["results"][0]["metrics"] == run.evaluation.in_distribution.metrics
 
 
 def test_logits_are_scaled_cosines_to_the_class_embeddings(run, colors):
@@ -63,8 +63,8 @@ def test_logits_are_scaled_cosines_to_the_class_embeddings(run, colors):
 
 def test_interpolation_keeps_the_head(run, vit, colors):
     found = interpolate(run.output, alphas=[0, 1], device="cpu")
-    base, adapted = (point.evaluation.home for point in found.points)
-    assert adapted.metrics == run.evaluation.home.metrics
+    base, adapted = (point.evaluation.in_distribution for point in found.points)
+    assert adapted.metrics == run.evaluation.in_distribution.metrics
     assert adapted.templates == "none (classes learnt from images)"
     bundle = load_vit(vit)
     head = F.normalize(load_file(run.output / "head.safetensors")["weight"], dim=-1)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from vlkr.config import OptimizerConfig
-from vlkr.training.optim import make_optimizer
+from vlkr.training.module import make_optimizer
 
 
 def rates(options, total_steps, steps=None):

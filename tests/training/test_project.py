@@ -37,7 +37,7 @@ def test_a_low_rank_fine_tune_is_a_lora(small, tuned, tmp_path):
     json.dumps(result.to_json())
     bundle = load_clip(small)
     vlkr.load_adapter(bundle.model, tmp_path / "adapter")
-    vlkr.merge_adapters(bundle.model)
+    vlkr.merge_and_unload(bundle.model)
     plain = open_clip.create_model(tuned)
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(bundle.model.state_dict()[key], value, atol=1e-5, rtol=1e-4)

@@ -15,8 +15,8 @@ from vlkr.adapters.registry import ADAPTERS
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
-from vlkr.training.checkpoints import SealedCheckpoints
 from vlkr.training.module import FewShotModule
+from vlkr.training.trainer import SealedCheckpoints
 
 TRAINER = TrainerConfig(epochs=4, accelerator="cpu", progress=False)
 
@@ -71,7 +71,7 @@ def test_resumed_run_ends_as_an_unbroken_one(tmp_path, small, colors, monkeypatc
     result = small_run(run, small, colors, **options, resume=True)
     assert adapter_bytes(run) == adapter_bytes(whole)
     assert (run / "report.md").read_bytes() == (whole / "report.md").read_bytes()
-    assert result.evaluation.home.metrics["acc1"] > 0
+    assert result.evaluation.in_distribution.metrics["acc1"] > 0
     logs = run / "logs" / "csv"
     assert logged_steps(logs / "metrics.csv") == list(range(6, 12))
     assert logged_steps(logs / "metrics-2.csv") == [3, 4, 5, 6, 7]
@@ -142,10 +142,10 @@ def test_checkpoint_of_other_weights_or_adapters_is_refused(run, small, colors):
     saved = torch.load(checkpoint, weights_only=True)
     try:
         SealedCheckpoints().save_checkpoint(saved | {"base_sha256": "0"}, checkpoint)
-        with pytest.raises(VlkrError, match="written for other base weights"):
+        with pytest.raises(VlkrError, match="written for different base weights"):
             small_run(run, small, colors, resume=True)
         SealedCheckpoints().save_checkpoint(saved | {"state_dict": {}}, checkpoint)
-        with pytest.raises(VlkrError, match="written for other adapters or targets"):
+        with pytest.raises(VlkrError, match="written for different adapters or targets"):
             small_run(run, small, colors, resume=True)
     finally:
         checkpoint.write_bytes(whole)

@@ -72,7 +72,7 @@ def test_accumulated_batches_train_as_one_composition_or_many(small, colors, tmp
         return vlkr.adapter_state_dict(result.bundle.model)
 
     once = run("once")
-    monkeypatch.setattr(training, "ComposedOnce", Never)
+    monkeypatch.setattr(training, "ComposedWeightCache", Never)
     many = run("many")
     moved = max(t.abs().max() for key, t in once.items() if key.endswith(".u"))
     assert moved > 1e-4

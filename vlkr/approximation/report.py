@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from rich.console import Console
 
-from vlkr.evaluation.plots import save_figure
-from vlkr.evaluation.report import markdown_table, rich_table
 from vlkr.files import write_json, write_text
+from vlkr.reporting.figures import save_figure
+from vlkr.reporting.table import Table
 
 COLUMNS = {
     "sigma_difference": ("|Δσ|", 2),
@@ -177,7 +177,7 @@ class Approximation:
                 continue
             rows = self.overview(measure, digits)
             if any(cell for row in rows[1:] for cell in row[1:]):
-                console.print(rich_table(rows, title))
+                console.print(Table.of(title, rows).rich())
         console.print(self.caption(), style="dim", highlight=False, markup=False)
         if self.output is not None:
             console.print(f"Report and pictures: {self.output}", highlight=False, markup=False)
@@ -211,7 +211,7 @@ def spread(values: list[float], digits: int) -> str:
 def write_report(result: Approximation, output: Path) -> None:
     """Writes table, JSON and pictures into a folder."""
     write_json(output / "results.json", result.to_json())
-    table = markdown_table(result.cells())
+    table = Table.of("", result.cells()).markdown()
     text = f"# Approximation of matrices\n\n{table}\n{NOTE}.\n\n{result.caption()}.\n"
     write_text(output / "report.md", text)
     plot_errors(result, output / "errors.png")

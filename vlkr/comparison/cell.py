@@ -23,21 +23,22 @@ from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 
 from vlkr.adapters import remove_adapters
-from vlkr.adapters.inject import hosts
+from vlkr.adapters.hosts import adapter_layers
 from vlkr.comparison.plan import Cell
 from vlkr.comparison.results import CellFolder
 from vlkr.datasets import Dataset, FewShotDataModule
 from vlkr.datasets.samples import View
 from vlkr.datasets.transforms import to_tensor
 from vlkr.errors import VlkrError
+from vlkr.evaluation.evaluate import evaluate_model
 from vlkr.evaluation.features import Features, image_features
+from vlkr.evaluation.metrics import measure
 from vlkr.evaluation.predictions import Predictions, predict
 from vlkr.evaluation.report import Evaluation
-from vlkr.evaluation.zero_shot import dataset_result, evaluate_bundle
 from vlkr.files import atomic_file, read_json, write_json
 from vlkr.models.clip import ClipBundle
 from vlkr.models.loading import load_model
-from vlkr.runs import CHECKPOINT, RunConfig, RunFolder, validation_set
+from vlkr.runs import CHECKPOINT, RunFolder, validation_set
 from vlkr.training.module import trained_parameters
 from vlkr.training.recipe import train
 
@@ -96,9 +97,11 @@ def _compute(cell: Cell, folder: CellFolder) -> None:
 
 def _evaluate(cell: Cell, run: Path, resume: bool) -> tuple[Evaluation, dict[str, Any]]:
     """The evaluation of a cell, and what else its result records."""
+    config = cell.config
     trained_run = None if cell.run is None else RunFolder.open(cell.run)
-    bundle = trained_run.load_model() if trained_run else _model(cell.model, cell.pretrained)
-    device = {"gpu": "cuda"}.get(cell.trainer.accelerator, cell.trainer.accelerator)
+    bundle = trained_run.load_model() if trained_run else _model(config.model, config.pretrained)
+    accelerator = config.trainer.accelerator
+    device = "cuda" if accelerator == "gpu" else accelerator
     costs: dict[str, Any] = {
         "parameters": 0,
         "train_images": 0,
@@ -118,17 +121,17 @@ def _evaluate(cell: Cell, run: Path, resume: bool) -> tuple[Evaluation, dict[str
                     costs["train_images"] = (trained_run.metrics() or {}).get("training images")
                 elif cell.kind == "adapter":
                     costs |= _train(cell, bundle, run, resume)
-                evaluation = evaluate_bundle(
+                evaluation = evaluate_model(
                     bundle,
                     [eval_set.load() for eval_set in cell.sets],
                     batch_size=BATCH_SIZE,
-                    num_workers=cell.data.num_workers,
+                    num_workers=config.data.num_workers,
                     device=device,
                     keep_predictions=True,
                     cache=cell.kind == "zero-shot",
                 )
     finally:
-        if any(True for _ in hosts(bundle.model)):
+        if any(True for _ in adapter_layers(bundle.model)):
             remove_adapters(bundle.model)
         bundle.head = None
         bundle.model.to("cpu")
@@ -136,17 +139,10 @@ def _evaluate(cell: Cell, run: Path, resume: bool) -> tuple[Evaluation, dict[str
 
 
 def _train(cell: Cell, bundle: ClipBundle, run: Path, resume: bool) -> dict[str, Any]:
-    config = RunConfig(
-        model=bundle.name,
-        pretrained=bundle.pretrained,
-        adapter=cell.adapter,
-        data=cell.data,
-        optimizer=cell.optimizer,
-        trainer=cell.trainer,
-        seed=cell.seed or 0,
-    ).resolved(bundle.model, cell.match_options)
+    config = replace(cell.config, model=bundle.name, pretrained=bundle.pretrained)
+    config = config.resolved(bundle.model, cell.match_options)
     with RunFolder.start(run, config, resume=resume, force=True) as folder:
-        training = train(folder, bundle, cell.data.load(), resume=resume)
+        training = train(folder, bundle, cell.config.data.load(), resume=resume)
     return {
         "parameters": training.parameters,
         "train_images": training.images,
@@ -183,7 +179,7 @@ def linear_probe(bundle: ClipBundle, cell: Cell, device: str) -> tuple[Evaluatio
     Raises:
         VlkrError: for a set with a class that the probe has not learned.
     """
-    seed = cell.seed or 0
+    seed = cell.config.seed
 
     def features(dataset: Dataset, split: str) -> Features:
         return image_features(
@@ -191,14 +187,14 @@ def linear_probe(bundle: ClipBundle, cell: Cell, device: str) -> tuple[Evaluatio
             dataset,
             split,
             batch_size=BATCH_SIZE,
-            num_workers=cell.data.num_workers,
+            num_workers=cell.config.data.num_workers,
             device=device,
         )
 
-    dataset = cell.data.load()
-    data = FewShotDataModule(dataset, cell.data, seed, to_tensor, to_tensor)
+    dataset = cell.config.data.load()
+    data = FewShotDataModule(dataset, cell.config.data, seed, to_tensor, to_tensor)
     few = replace(dataset, splits={"train": View(data.pool, times=data.train_keys)}, sizes={})
-    validation = validation_set(cell.data, seed)
+    validation = validation_set(cell.config.data, seed)
     val = None if validation is None else features(validation, "val")
     probe, strength, val_acc1 = fit_probe(features(few, "train"), val)
     results = []
@@ -208,7 +204,7 @@ def linear_probe(bundle: ClipBundle, cell: Cell, device: str) -> tuple[Evaluatio
         images = features(measured, "test")
         logits = torch.from_numpy(probe_logits(probe, images.features.numpy())[:, columns])
         predictions = predict(logits, images.labels, images.keys, images.domains)
-        results.append(dataset_result(measured, "test", Predictions.joined([predictions]), True))
+        results.append(measure(Predictions.joined([predictions]), measured, keep=True))
     context = {
         "model": bundle.name,
         "pretrained": bundle.pretrained,

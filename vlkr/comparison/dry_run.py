@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from vlkr.adapters import find_targets, match_budget
+from vlkr.adapters import find_targets
 from vlkr.adapters.registry import adapter_class
 from vlkr.adapters.targets import bias_targets
 from vlkr.comparison.plan import Cell, Plan
@@ -137,15 +137,15 @@ class _Sizes:
     def train_images(self, cell: Cell) -> int | None:
         if cell.seed is None or cell.run is not None:
             return 0
-        dataset = self.dataset(cell.data)
+        dataset = self.dataset(cell.config.data)
         if dataset is None:
             return None
-        if cell.data.fraction is not None:
-            images = self.images(cell.data, "train")
-            return None if images is None else round(cell.data.fraction * images)
-        groups = max(1, len(dataset.domains)) if cell.data.per_domain else 1
-        wanted = cell.data.shots * len(dataset.class_names) * groups
-        available = self.images(cell.data, "train")
+        if cell.config.data.fraction is not None:
+            images = self.images(cell.config.data, "train")
+            return None if images is None else round(cell.config.data.fraction * images)
+        groups = max(1, len(dataset.domains)) if cell.config.data.per_domain else 1
+        wanted = cell.config.data.shots * len(dataset.class_names) * groups
+        available = self.images(cell.config.data, "train")
         return wanted if available is None else min(wanted, available)
 
     def steps(self, cell: Cell) -> int | None:
@@ -155,8 +155,12 @@ class _Sizes:
             return 0
         if images is None:
             return None
-        batches = max(cell.data.min_steps_per_epoch, math.ceil(images / cell.data.batch_size))
-        return cell.trainer.epochs * math.ceil(batches / cell.trainer.accumulate_grad_batches)
+        batches = max(
+            cell.config.data.min_steps_per_epoch, math.ceil(images / cell.config.data.batch_size)
+        )
+        return cell.config.trainer.epochs * math.ceil(
+            batches / cell.config.trainer.accumulate_grad_batches
+        )
 
     def measured(self, cell: Cell) -> int | None:
         numbers = [self.images(eval_set.data, eval_set.split) for eval_set in cell.sets]
@@ -165,32 +169,21 @@ class _Sizes:
     def parameters(self, cell: Cell) -> int | None:
         if cell.seed is None or cell.run is not None:
             return 0
-        model = self.model(cell.model)
+        model = self.model(cell.config.model)
         if model is None:
             return None
         if cell.kind == "probe":
             return self._classifier(cell, model, bias=1)
-        adapter, options = cell.adapter, dict(cell.adapter.options)
-        key = json.dumps([cell.model, asdict(adapter), dict(cell.match_options)], sort_keys=True)
+        adapter = cell.config.adapter
+        key = json.dumps([cell.config.model, asdict(adapter), cell.match_options], sort_keys=True)
 
         def count() -> int:
-            place = adapter.place()
-            if adapter.match is not None:
-                budget = match_budget(
-                    adapter.name,
-                    model,
-                    adapter.match,
-                    **place,
-                    to_options=dict(cell.match_options),
-                    **options,
-                )
-                return budget.parameters
-            cls = adapter_class(adapter.name)
-            targets = find_targets(model, **place)
-            targets = bias_targets(model, targets) if cls.adapts_bias else targets
-            return sum(
-                cls.num_parameters(t.in_features, t.out_features, **options) for t in targets
-            )
+            resolved = cell.config.resolved(model, cell.match_options).adapter
+            method = adapter_class(resolved.name)
+            targets = find_targets(model, **resolved.place())
+            targets = bias_targets(model, targets) if method.adapts_bias else targets
+            sizes = ((target.in_features, target.out_features) for target in targets)
+            return sum(method.num_parameters(*size, **resolved.options) for size in sizes)
 
         number: int | None = self._once(key, adapter.name, count)
         if number is None or hasattr(model, "encode_text"):
@@ -200,7 +193,7 @@ class _Sizes:
 
     def _classifier(self, cell: Cell, model: nn.Module, bias: int) -> int | None:
         """Parameters of a linear classifier on image features, ``bias`` of them per class."""
-        dataset, width = self.dataset(cell.data), _embed_dim(model)
+        dataset, width = self.dataset(cell.config.data), _embed_dim(model)
         if dataset is None or width is None:
             return None
         return (width + bias) * len(dataset.class_names)

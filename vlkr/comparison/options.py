@@ -68,7 +68,7 @@ class GridConfig:
 
     model: str = "tiny"
     pretrained: str | None = None
-    methods: list[str | MethodConfig] = field(
+    methods: list[MethodConfig | str] = field(
         default_factory=lambda: [ZERO_SHOT, PROBE, "kradapter", "lora", "full"]
     )
     reference: str = "lora"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -13,11 +12,11 @@ from typing import Any, NamedTuple
 
 from vlkr.comparison.methods import CellKind, Method
 from vlkr.comparison.options import ZERO_SHOT, GridConfig
-from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions, Dataset
 from vlkr.errors import VlkrError
-from vlkr.files import resource
+from vlkr.files import json_sha256, resource
 from vlkr.models.names import absolute_names
+from vlkr.runs import RunConfig
 
 #: names of a place in the grid, e.g. ``{"dataset": "digits", "shots": 4}``.
 Place = dict[str, Any]
@@ -54,61 +53,65 @@ class Cell:
     Attributes:
         id: name of the folder.
         kind: ``zero-shot``, ``probe``, ``adapter``, or ``run`` for an existing run.
-        model: as for :func:`~vlkr.training.adapt.adapt`.
-        pretrained: likewise.
-        data: training data.
+        config: what is trained, as for ``vlkr adapt``; other kinds than ``adapter`` use its model,
+            data, seed and device.
         sets: datasets to evaluate on.
-        seed: None for what does not depend on one.
-        adapter: method and targets, for kind ``adapter``.
-        match_options: options of the method that ``adapter.match`` names.
-        optimizer: for kind ``adapter``.
-        trainer: for kind ``adapter``, and the device for all kinds.
+        match_options: options of the method that ``config.adapter.match`` names.
         run: the run folder, for kind ``run``.
         run_sha256: fingerprint of its adapter.
     """
 
     id: str
     kind: CellKind
-    model: str
-    pretrained: str | None
-    data: DataOptions
+    config: RunConfig
     sets: tuple[EvalSet, ...]
-    seed: int | None = None
-    adapter: AdapterConfig = AdapterConfig()
     match_options: Mapping[str, Any] = field(default_factory=dict)
-    optimizer: OptimizerConfig = OptimizerConfig()
-    trainer: TrainerConfig = TrainerConfig()
     run: Path | None = None
     run_sha256: str | None = None
 
+    @property
+    def seed(self) -> int | None:
+        """The seed of its results; None for zero-shot, which does not depend on one."""
+        return None if self.kind == ZERO_SHOT else self.config.seed
+
     def to_json(self) -> dict[str, Any]:
-        """Returns every field as plain JSON."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        """Returns the cell as ``cell.json`` holds it and as it is hashed, the same in all versions.
+
+        An option that is added later must be left out here where it has its default.
+        """
+        value = {
+            "id": self.id,
+            "kind": self.kind,
+            **self.config.to_plain(),
+            "sets": [asdict(eval_set) for eval_set in self.sets],
+            "seed": self.seed,
+            "match_options": dict(self.match_options),
+            "run": self.run,
+            "run_sha256": self.run_sha256,
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(value, default=str))
         return plain
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Cell:
         """Returns the cell whose :meth:`to_json` is ``value``."""
-        sets = tuple(
-            EvalSet(s["name"], DataOptions.read(s["data"]), s["split"]) for s in value["sets"]
-        )
         return cls(
-            **{
-                **value,
-                "data": DataOptions.read(value["data"]),
-                "sets": sets,
-                "adapter": AdapterConfig(**value["adapter"]),
-                "optimizer": OptimizerConfig(**value["optimizer"]),
-                "trainer": TrainerConfig(**value["trainer"]),
-                "run": value["run"] and Path(value["run"]),
-            }
+            value["id"],
+            value["kind"],
+            RunConfig.from_plain({**value, "seed": value["seed"] or 0}),
+            tuple(
+                EvalSet(part["name"], DataOptions.read(part["data"]), part["split"])
+                for part in value["sets"]
+            ),
+            value["match_options"],
+            value["run"] and Path(value["run"]),
+            value["run_sha256"],
         )
 
     @property
     def hash(self) -> str:
         """SHA-256 of all that the result depends on, except the files."""
-        text = json.dumps(_hashed(self.to_json()), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return json_sha256(_hashed(self.to_json()))
 
 
 def _hashed(value: Any) -> Any:
@@ -211,27 +214,24 @@ def grid_cells(
     seeds: list[int | None] = [None] if method.kind == ZERO_SHOT else [*grid.seeds]
     cells = []
     for setting in method.settings:
-        trainer, train_data, name = grid.trainer, data, [*where, method.label]
+        name = [*where, method.label]
+        config = RunConfig(model, pretrained, method.adapter, data, grid.optimizer, grid.trainer)
         if method.kind == "adapter":
             epochs = int(setting["epochs"])
-            trainer = replace(trainer, epochs=epochs)
             if grid.steps_per_shot is not None:
                 steps = math.ceil(grid.steps_per_shot * data.shots / epochs)
-                train_data = replace(data, min_steps_per_epoch=steps)
+                config = replace(config, data=replace(data, min_steps_per_epoch=steps))
+            optimizer = replace(grid.optimizer, lr=setting["lr"])
+            trainer = replace(grid.trainer, epochs=epochs)
+            config = replace(config, optimizer=optimizer, trainer=trainer)
             name += [f"lr{setting['lr']:g}", f"epochs{epochs}"]
         of_setting = [
             Cell(
                 slug(*name, *([] if seed is None else [f"seed{seed}"])),
                 method.kind,
-                model,
-                pretrained,
-                train_data,
+                config if seed is None else replace(config, seed=seed),
                 tuple(sets),
-                seed,
-                method.adapter,
                 method.match_options,
-                replace(grid.optimizer, lr=setting.get("lr", grid.optimizer.lr)),
-                trainer,
             )
             for seed in seeds
         ]

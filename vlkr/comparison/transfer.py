@@ -37,7 +37,7 @@ from vlkr.errors import VlkrError
 from vlkr.evaluation.metrics import base_to_new
 from vlkr.models.names import is_timm
 from vlkr.reporting.table import Table, mean_std
-from vlkr.runs import RunFolder, method_labels
+from vlkr.runs import RunConfig, RunFolder, method_labels
 
 NEW = " (new classes)"
 
@@ -97,12 +97,14 @@ def transfer_plan(grid: GridConfig, runs: Sequence[RunFolder], datasets: list[st
             Cell(
                 slug(names[0], "run", label, f"seed{run.config.seed}", i + 1),
                 "run",
-                grid.model,
-                grid.pretrained,
-                data,
+                RunConfig(
+                    grid.model,
+                    grid.pretrained,
+                    data=data,
+                    trainer=grid.trainer,
+                    seed=run.config.seed,
+                ),
                 tuple(sets),
-                run.config.seed,
-                trainer=grid.trainer,
                 run=run.path,
                 run_sha256=run.fingerprint(),
             )

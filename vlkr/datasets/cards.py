@@ -27,7 +27,7 @@ class Card:
         title: for people.
         source: where the data comes from: URL, paper, how it was made.
         licence: of the images.
-        class_names: by label; ``"from data"`` where only the data tells.
+        class_names: by label; ``"from data"`` where only the data has them.
         templates: sets of prompts with ``{c}`` by name, the default one first.
         splits: images per split.
         suites: benchmarks that the dataset is part of, of ``SUITES``.
@@ -61,7 +61,7 @@ class Card:
     wds: str | None = None
 
     def named_classes(self) -> tuple[str, ...] | None:
-        """The class names by label; None where only the data tells."""
+        """The class names by label; None where only the data has them."""
         return None if self.class_names == FROM_DATA else self._of_subset(self.class_names)
 
     def class_folders(self) -> tuple[str, ...]:

@@ -32,12 +32,12 @@ _LOSSLESS = ("png", "bmp", "gif", "ppm")
 
 
 def decode_image(sample: Sample) -> Image.Image | BadSample:
-    """Decodes to RGB with 8 bits a channel, upright.
+    """Decodes an image to upright RGB with 8 bits per channel.
 
-    EXIF's orientation is applied, and passed over where EXIF is damaged. Transparency (an alpha
-    channel, or a colour or palette entry that is transparent) is laid over white. 16-bit gray is
-    scaled to 8 bits. Palettes, gray, 1-bit, CMYK and YCbCr are converted by Pillow. Of an
-    animation the first frame counts.
+    EXIF's orientation is applied, and ignored where EXIF is damaged. Transparency (an alpha
+    channel, or a transparent color or palette entry) is composited over white. 16-bit gray is
+    scaled to 8 bits. Palettes, gray, 1-bit, CMYK and YCbCr are converted by Pillow. The first frame
+    of an animation is used.
 
     Returns:
         A bad sample for another format than JPEG, PNG, WebP, BMP, GIF, TIFF or PPM; truncated or
@@ -46,7 +46,7 @@ def decode_image(sample: Sample) -> Image.Image | BadSample:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow can do without is no bad sample
+            warnings.simplefilter("ignore")  # an image that Pillow warns of is still good
             with Image.open(io.BytesIO(sample.image), formats=_FORMATS) as image:
                 return _rgb(image)
     except UnidentifiedImageError:
@@ -73,7 +73,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     is_16_bits = image.mode.startswith("I;16") or (
         image.mode == "I" and image.format in ("PNG", "PPM")
     )
-    # Of TIFF, whose orientation is no EXIF, Pillow has taken care.
+    # Pillow has applied the orientation of TIFF, which is not EXIF.
     if "exif" in image.info or "Raw profile type exif" in image.info:
         image = _upright(image)
     if is_16_bits:

@@ -221,7 +221,7 @@ def load_dataset(
     name, own_templates = _name(place, card), layout.templates or DEFAULT_TEMPLATES
     if len(layout.class_names) < 2:
         raise VlkrError(f"dataset {name!r} has one class only, expected two or more")
-    # A card tells the sizes of the data that ships; other data may be a part.
+    # A card has the sizes of the bundled data; other data may be a part of the dataset.
     ships = card is not None and card.shards is not None and place == local_path(card)
     dataset = Dataset(
         name,
@@ -244,10 +244,10 @@ def load_dataset(
 def describe_dataset(
     name: str, test_fraction: float, domains: Collection[str] | None
 ) -> Dataset | None:
-    """What a card tells of a dataset without its data; it has no splits.
+    """Describes a dataset by its card, without its data and without splits.
 
     Returns:
-        None if there is no such card, or only the data tells its classes.
+        None if there is no such card, or only the data has the class names.
 
     Raises:
         VlkrError: for a domain that the card does not know.

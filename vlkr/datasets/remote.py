@@ -1,7 +1,7 @@
 """Files of a dataset in a folder, on a server, on the hub, or as the output of a command.
 
 Downloads are resumed and verified: an epoch completes or raises. fsspec and huggingface_hub take an
-answer that ends early for the whole file where the server tells no length.
+answer that ends early for the whole file where the server states no length.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def download(
         target: file to write.
         token: sent as bearer.
         retry: ``RETRY`` by default.
-        on_size: called with the number of bytes as soon as the server tells it.
+        on_size: called with the number of bytes as soon as the server states it.
         on_done: called with the number of bytes that are written, again and again.
 
     Returns:
@@ -345,7 +345,7 @@ class _Transfer:
         expected = self.redirect.sha256 or sha256
         if sha256 != expected:
             self.restart()
-            raise _BadAnswerError(f"SHA-256 {sha256[:12]}, the server tells {expected[:12]}")
+            raise _BadAnswerError(f"SHA-256 {sha256[:12]}, the server states {expected[:12]}")
         return sha256
 
     def _begin(self, response: Any) -> int | None:
@@ -362,7 +362,7 @@ class _Transfer:
         self.version = response.headers.get("Last-Modified") if weak else tag
         length = response.headers.get("Content-Length", "")
         if not length.isdecimal() and not response.chunked:
-            raise _BadAnswerError("the server does not tell how much it sends")
+            raise _BadAnswerError("the server does not state the length of its answer")
         return None if response.chunked else int(length)
 
     def _copy(self, response: Any, stream: RawIOBase) -> None:
@@ -379,7 +379,7 @@ class _Transfer:
 
 
 class _Redirect(urllib.request.HTTPRedirectHandler):
-    """Stays on https, and keeps the SHA-256 that the hub tells before it redirects."""
+    """Stays on https, and keeps the SHA-256 that the hub states before it redirects."""
 
     sha256: str | None = None
 

@@ -36,7 +36,7 @@ class Sample:
         key: unique in its split and the same wherever the data is read.
         image: the encoded bytes.
         label: index into the class names.
-        domain: where the image comes from, such as ``"sketch"``, if the data tells.
+        domain: where the image comes from, such as ``"sketch"``, if known.
         shard: the tar that holds it, for messages.
     """
 

@@ -184,7 +184,7 @@ class ShardSource:
     """Tars in webdataset's form: consecutive files with one key make a sample.
 
     A sample is an image (``.jpg``, ``.png``, ...; the first of ``IMAGE_EXTENSIONS`` counts) and its
-    label, an integer in ``.cls`` or as ``label`` in ``.json``, which may also tell its ``domain``,
+    label, an integer in ``.cls`` or as ``label`` in ``.json``, which may also give its ``domain``,
     and its ``key`` where that is not fit for the name of a file. Other fields are skipped and
     never decoded, ``.pkl``, ``.pyd`` and ``.npy`` among them.
 
@@ -259,7 +259,7 @@ class _Keys:
     """A set of keys by their 8-byte hashes, which takes about 20 bytes per key.
 
     Of ``n`` keys two that differ are taken for one with a probability of ``n^2 / 2^65``, which is
-    3e-8 for a million. Python draws the hash anew in each process, so nobody can aim at that.
+    3e-8 for a million. Python draws the hash anew in each process, so it cannot be attacked.
     """
 
     def __init__(self) -> None:

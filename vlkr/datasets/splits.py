@@ -16,6 +16,8 @@ from vlkr.files import read_json, write_text
 
 _FORMAT = "vlkr split 1"
 _PARTS = ("train", "val")
+# RecursionError: of JSON nested too deeply; OverflowError: of an infinite label.
+_MALFORMED = (ValueError, TypeError, LookupError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -105,16 +107,16 @@ def _read_lines(path: Path) -> SplitFile:
                 picks[entry["part"]].append(Pick(str(entry["key"]), int(entry["label"])))
     except OSError as error:
         raise VlkrError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except _MALFORMED as error:
         reason = f"{type(error).__name__} {error}"
-        raise VlkrError(f"{path}, line {number} is no line of a split file: {reason}") from error
+        raise VlkrError(f"{path}, line {number} is not a line of a split file: {reason}") from error
     return SplitFile(path, picks, class_names)
 
 
 def _read_foreign(path: Path) -> SplitFile:
     value = read_json(path)
-    if not isinstance(value.get("train"), list):
-        raise VlkrError(f"{path} has no list 'train', expected CoOp's form of a split")
+    if not isinstance(value.get("train"), list) or not isinstance(value.get("val") or [], list):
+        raise VlkrError(f"{path} has no list 'train' or 'val', expected CoOp's form of a split")
     picks: dict[str, list[Pick]] = {}
     for part in _PARTS:
         picks[part] = []
@@ -124,9 +126,9 @@ def _read_foreign(path: Path) -> SplitFile:
                     key = entry["impath"] if "impath" in entry else entry["path"]
                     entry = (key, entry["label"])
                 picks[part].append(Pick(str(entry[0]), int(entry[1])))
-            except (ValueError, TypeError, KeyError, IndexError) as error:
+            except _MALFORMED as error:
                 raise VlkrError(
-                    f"{path}: {str(entry)[:80]} in {part!r} is no sample, expected "
+                    f"{path}: {str(entry)[:80]} in {part!r} is not a sample, expected "
                     "[path, label, classname]"
                 ) from error
     return SplitFile(path, picks, None)

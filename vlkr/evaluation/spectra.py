@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vlkr.adapters.inject import placed_adapters
+from vlkr.adapters.compose import base_parameter
+from vlkr.adapters.inject import injected_adapters
 from vlkr.adapters.targets import Target, candidates
 from vlkr.evaluation.evaluate import evaluate
 from vlkr.evaluation.spectrum_report import Layer, Run
@@ -25,10 +26,10 @@ def model_spectra(model: nn.Module) -> list[Layer]:
     modules = dict(model.named_modules())
     known = {(target.module, target.slot): target for target in candidates(model)}
     layers = []
-    for placed in placed_adapters(model):
+    for placed in injected_adapters(model):
         if placed.adapter.adapts_bias:
             continue
-        weight = placed.slot.select(modules[placed.module].get_parameter(placed.slot.parameter))
+        weight = placed.slot.select(base_parameter(modules[placed.module], placed.slot.parameter))
         # A parameter that no linear layer owns goes by its own name.
         plain = Target(placed.module, placed.slot, placed.name, weight.shape[1], weight.shape[0])
         target = known.get((placed.module, placed.slot), plain)
@@ -92,7 +93,7 @@ def shift_loss(folder: Path, device: str = "auto") -> float | None:
     evaluation = evaluate(run=folder, device=device)
     if not evaluation.shifts:
         return None
-    return evaluation.home.metrics["acc1"] - evaluation.mean_shift()
+    return evaluation.in_distribution.metrics["acc1"] - evaluation.mean_shift()
 
 
 def correlations(runs: Sequence[Run]) -> dict[str, float]:

@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from vlkr.evaluation.plots import save_figure
-from vlkr.evaluation.report import markdown_table, rich_table
 from vlkr.files import write_json, write_text
+from vlkr.reporting.figures import save_figure
+from vlkr.reporting.table import Table
 
 MEASURES = {
     "effective_rank": ("effective rank", 1),
@@ -186,8 +186,8 @@ class Spectra:
 
     def show(self, console: Console) -> None:
         """Prints the tables and the comparisons."""
-        console.print(rich_table(self.method_rows(), "Spectra of the changes", NOTE))
-        console.print(rich_table(self.place_rows(), "By place"))
+        console.print(Table.of("Spectra of the changes", self.method_rows(), NOTE).rich())
+        console.print(Table.of("By place", self.place_rows()).rich())
         for sentence in self.sentences():
             console.print(sentence, highlight=False, markup=False)
         if self.output is not None:
@@ -204,9 +204,10 @@ def write_report(result: Spectra, output: Path) -> None:
     """Writes tables, JSON and pictures into a folder."""
     write_json(output / "spectrum.json", result.full_json())
     sentences = "\n".join(f"- {sentence}" for sentence in result.sentences())
+    methods, places = (Table.of("", rows) for rows in (result.method_rows(), result.place_rows()))
     text = (
-        f"# Spectra of adapted layers\n\n{markdown_table(result.method_rows())}\n{NOTE}.\n\n"
-        f"{markdown_table(result.place_rows())}\n{sentences}\n"
+        f"# Spectra of adapted layers\n\n{methods.markdown()}\n{NOTE}.\n\n"
+        f"{places.markdown()}\n{sentences}\n"
     )
     write_text(output / "report.md", text)
     plot_heatmap(result, output / "heatmap.png")

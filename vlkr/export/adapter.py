@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlkr.adapters import LoRA, load_adapter, save_adapter
 from vlkr.adapters.foreign import transformers_name
-from vlkr.adapters.inject import Placed, placed_adapters
+from vlkr.adapters.inject import InjectedAdapter, injected_adapters
 from vlkr.errors import VlkrError
 from vlkr.export.formats import Classifier, Exported, ExportInput, Format, Manifest
 from vlkr.export.hf_clip import clip_mismatch
@@ -100,7 +100,7 @@ vlkr.load_adapter(model, "{folder}")
 
 def _transformers_lora(source: ExportInput) -> dict[str, tuple[Tensor, Tensor]] | None:
     """Return factors A and B by the names of ``CLIPModel``'s linear layers, if all have one."""
-    placed = placed_adapters(source.adapted.model)
+    placed = injected_adapters(source.adapted.model)
     if type(placed[0].adapter) is not LoRA or clip_mismatch(source.merged) is not None:
         return None
     factors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -112,7 +112,7 @@ def _transformers_lora(source: ExportInput) -> dict[str, tuple[Tensor, Tensor]] 
     return factors
 
 
-def _split(placed: Placed) -> list[tuple[str, Tensor, Tensor]]:
+def _split(placed: InjectedAdapter) -> list[tuple[str, Tensor, Tensor]]:
     """Return key and factors; those of a fused qkv as three that share A."""
     a, b = placed.adapter.get_parameter("lora_A"), placed.adapter.get_parameter("lora_B")
     if placed.name != "qkv":
@@ -123,7 +123,7 @@ def _split(placed: Placed) -> list[tuple[str, Tensor, Tensor]]:
 
 def _peft_config(source: ExportInput, names: list[str]) -> dict[str, Any]:
     """Return the fields of peft's ``LoraConfig`` that differ from its defaults or identify it."""
-    adapter = placed_adapters(source.adapted.model)[0].adapter
+    adapter = injected_adapters(source.adapted.model)[0].adapter
     assert isinstance(adapter, LoRA)
     alpha = adapter.rank if adapter.alpha is None else adapter.alpha
     return {

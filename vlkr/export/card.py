@@ -21,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from vlkr.errors import VlkrError, printable
-from vlkr.evaluation.report import METRICS, cell
+from vlkr.evaluation.report import METRICS, format_metric
 from vlkr.export.formats import ExportInput, Format, Manifest
 from vlkr.export.parity import Parity
 from vlkr.files import read_yaml, resource
@@ -122,13 +122,15 @@ def _metrics(source: ExportInput) -> str:
     shown = [name for name in METRICS if all(name in r["metrics"] for r in results)]
     rows = [["dataset", "split", "images", *(METRICS[name] for name in shown)]]
     rows += [
-        [r["dataset"], r["split"], str(r["images"])] + [cell(m, r["metrics"][m]) for m in shown]
+        [r["dataset"], r["split"], str(r["images"])]
+        + [format_metric(m, r["metrics"][m]) for m in shown]
         for r in results
     ]
     note = "" if source.alpha == 1 else ", not at the strength of this export"
+    table = Table.of("", rows).markdown()
     return (
-        f"{Table.of('', rows).markdown()}\nOf the adapted model in fp32 at full strength of the "
-        f"adapter{note}; {markdown_text(_selection(source))}, templates "
+        f"{table}\nOf the adapted model in fp32 at full strength of the adapter{note}; "
+        f"{markdown_text(_selection(source))}, templates "
         f"{markdown_text(str(results[0]['templates']))}, final checkpoint.\n"
     )
 

@@ -18,7 +18,8 @@ from rich.markup import escape
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vlkr.adapters import merge_adapters, set_adapter_scale
+from vlkr.adapters import merge_and_unload, set_adapter_scale
+from vlkr.adapters.hosts import weights_hash
 from vlkr.datasets import Dataset
 from vlkr.errors import VlkrError
 from vlkr.export.card import check_repository, model_card, push
@@ -33,7 +34,6 @@ from vlkr.export.formats import (
 )
 from vlkr.export.parity import Parity, check_parity
 from vlkr.files import atomic_folder, check_free, read_json, write_json, write_text
-from vlkr.hashing import weights_hash
 from vlkr.models.clip import logit_scale
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
 from vlkr.reporting.table import Table
@@ -175,7 +175,7 @@ def load_input(run: Path, alpha: float) -> tuple[ExportInput, Dataset]:
     strength = alpha * adapter_scale(bundle)
     set_adapter_scale(bundle.model, strength)
     merged = deepcopy(bundle.model)
-    merge_adapters(merged)
+    merge_and_unload(merged)
     if bundle.head is not None:
         embeddings = bundle.head(dataset.class_names)
     else:

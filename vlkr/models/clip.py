@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from vlkr.adapters.hosts import weights_hash
 from vlkr.errors import VlkrError
-from vlkr.hashing import weights_hash
 from vlkr.models.classifier import ClassHead
 from vlkr.models.names import model_source
 from vlkr.runtime import quiet

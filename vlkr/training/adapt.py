@@ -12,6 +12,7 @@ from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.models.names import absolute_names
+from vlkr.reporting.table import show
 
 if TYPE_CHECKING:
     from vlkr.evaluation.report import Evaluation
@@ -42,7 +43,7 @@ class AdaptResult:
 
     def show(self, console: Console) -> None:
         """Prints the accuracy at home and where the run lies."""
-        self.evaluation.show(console)
+        show(self.evaluation, console)
         console.print(
             f"{self.parameters:,} parameters trained in {self.seconds:.0f} s. Run: {self.output}",
             highlight=False,
@@ -86,8 +87,7 @@ def adapt(
         VlkrError: for any option that does not make sense, before anything is written.
     """
     from vlkr.adapters.registry import adapter_class
-    from vlkr.evaluation.report import evaluation_markdown
-    from vlkr.evaluation.zero_shot import evaluate_bundle
+    from vlkr.evaluation.evaluate import evaluate_model
     from vlkr.models.loading import load_model
     from vlkr.runs import RunConfig, RunFolder, is_first_process
     from vlkr.training.interruption import add_resume_hint, is_requeued
@@ -110,7 +110,7 @@ def adapt(
         RunFolder.start(output, config, resume=resume, force=force) as folder,
     ):
         training = train(folder, bundle, dataset, resume=resume)
-        evaluation = evaluate_bundle(
+        evaluation = evaluate_model(
             bundle, [dataset], batch_size=128, num_workers=data.num_workers, device=training.device
         )
         evaluation.context |= {
@@ -125,5 +125,5 @@ def adapt(
         }
         result = AdaptResult(output, bundle, evaluation, training.parameters, training.seconds)
         if is_first_process():
-            folder.write_metrics(result.to_json(), evaluation_markdown(evaluation))
+            folder.write_metrics(result.to_json(), evaluation.markdown())
     return result

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from vlkr.config import AdapterConfig
 from vlkr.errors import VlkrError
-from vlkr.evaluation.report import rich_table
 from vlkr.files import check_free
+from vlkr.reporting.table import Table
 
 if TYPE_CHECKING:
     from vlkr.adapters import Projected
@@ -52,7 +52,7 @@ class ProjectResult:
         rows = [["layer", "change / weight", "error / change"]]
         rows += [[p.target.path, f"{p.delta_norm:.4f}", f"{p.error:.4f}"] for p in self.layers]
         rows.append(["root mean square", "", f"{self.error:.4f}"])
-        console.print(rich_table(rows, "Relative Frobenius norms"))
+        console.print(Table.of("Relative Frobenius norms", rows).rich())
         context = ", ".join(f"{key} {value}" for key, value in self.context.items())
         console.print(context, style="dim", highlight=False, markup=False)
         console.print(f"Adapter: {self.output}", highlight=False, markup=False)

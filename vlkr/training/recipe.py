@@ -16,9 +16,8 @@ from vlkr.datasets.transforms import TrainTransform
 from vlkr.models.classifier import ClassHead
 from vlkr.models.clip import ClipBundle, encode_image, image_size
 from vlkr.runs import RunFolder, is_first_process
-from vlkr.training.checkpoints import check_checkpoint
 from vlkr.training.module import FewShotModule
-from vlkr.training.trainer import fit, make_trainer, quiet_lightning
+from vlkr.training.trainer import check_checkpoint, fit, make_trainer, quiet_lightning
 
 
 @dataclass(frozen=True)

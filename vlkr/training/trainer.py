@@ -1,23 +1,32 @@
-"""Lightning's trainer as the recipe uses it: its files and its silence."""
+"""Lightning's trainer as the recipe uses it, and checkpoints that carry their own checksum."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import signal
 from contextlib import AbstractContextManager
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from vlkr.config import TrainerConfig
 from vlkr.errors import VlkrError
+from vlkr.files import atomic_file
 from vlkr.runs import RunFolder
 from vlkr.runtime import quiet
-from vlkr.training.checkpoints import SealedCheckpoints
 from vlkr.training.interruption import Interruption, StoppedError
 
+# A zip archive ends with the length of its comment, in two bytes, and the comment.
+_MARK = b"sha256:"
+_LENGTH = len(_MARK) + 2 * hashlib.sha256().digest_size
 # What Lightning and torch raise where a checkpoint has not the structure they wrote.
 _RESTORE_ERRORS = (
     AttributeError,
@@ -165,3 +174,44 @@ _WARNINGS = (
 def quiet_lightning() -> AbstractContextManager[None]:
     """Silences Lightning's advice about hardware and workers."""
     return quiet(*_LOGGERS, ignore=_WARNINGS)
+
+
+class SealedCheckpoints(TorchCheckpointIO):
+    """Writes Lightning's checkpoints atomically, with their SHA-256 as the zip comment.
+
+    Lightning itself writes to the system's temporary folder first, possibly on a different disk.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Writes ``checkpoint`` to ``path`` atomically."""
+        with atomic_file(Path(path)) as temporary:
+            super().save_checkpoint(checkpoint, temporary, storage_options)
+            digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+            with temporary.open("r+b") as file:
+                file.seek(-2, os.SEEK_END)
+                file.write(_LENGTH.to_bytes(2, "little") + _MARK + digest.encode())
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raises :class:`VlkrError` for a checkpoint that is damaged, or is not tensors and numbers.
+
+    Args:
+        path: written by :class:`SealedCheckpoints`.
+    """
+    try:
+        content = path.read_bytes()
+        seal = content[-_LENGTH:]
+        length = content[-_LENGTH - 2 : -_LENGTH]
+        if length != _LENGTH.to_bytes(2, "little") or not seal.startswith(_MARK):
+            raise VlkrError(f"{path} is damaged: it does not end with its SHA-256")
+        digest = hashlib.sha256(content[: -_LENGTH - 2] + bytes(2)).hexdigest()
+        if seal.removeprefix(_MARK) != digest.encode():
+            raise VlkrError(f"{path} is damaged: its SHA-256 is {digest[:12]}..., not as written")
+        torch.load(path, map_location="cpu", weights_only=True)
+    except VlkrError:
+        raise
+    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise VlkrError(f"{path} is damaged: {reason}") from error

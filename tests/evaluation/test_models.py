@@ -10,11 +10,11 @@ from helpers import ROOT, write_images, write_shards
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from vlkr.adapters.hosts import weights_hash
 from vlkr.datasets import load_dataset
 from vlkr.datasets.samples import View
 from vlkr.errors import VlkrError
-from vlkr.evaluation.zero_shot import evaluate_bundle
-from vlkr.hashing import weights_hash
+from vlkr.evaluation.evaluate import evaluate_model
 from vlkr.models.clip import load_clip
 from vlkr.runs import RunFolder
 
@@ -49,7 +49,7 @@ def test_equals_a_plain_open_clip_loop(small, name):
         features = model.encode_image(torch.stack([preprocess(image) for image in images]))
         features = features / features.norm(dim=1, keepdim=True)
         logits = model.logit_scale.exp() * features @ classifier
-    result = evaluate_bundle(load_clip(small), [load_dataset(name)]).home
+    result = evaluate_model(load_clip(small), [load_dataset(name)]).in_distribution
     assert result.images == len(labels) == card["splits"]["test"]
     predicted = logits.argmax(1)
     assert result.metrics["acc1"] == pytest.approx(
@@ -65,27 +65,29 @@ def test_equals_a_plain_open_clip_loop(small, name):
 
 def test_workers_and_batches_change_nothing(small, colors):
     dataset, bundle = load_dataset(colors), load_clip(small)
-    expected = evaluate_bundle(bundle, [dataset], batch_size=64)
+    expected = evaluate_model(bundle, [dataset], batch_size=64)
     for options in ({"num_workers": 2}, {"batch_size": 1}, {"batch_size": 5, "num_workers": 2}):
-        found = evaluate_bundle(bundle, [dataset], **options)
-        assert found.home.images == expected.home.images
-        assert found.home.metrics == pytest.approx(expected.home.metrics, abs=1e-5)
+        found = evaluate_model(bundle, [dataset], **options)
+        assert found.in_distribution.images == expected.in_distribution.images
+        assert found.in_distribution.metrics == pytest.approx(
+            expected.in_distribution.metrics, abs=1e-5
+        )
 
 
 def test_adapted_model_is_measured_and_comes_back(run, small, colors):
     bundle = RunFolder.open(run).load_model()
     base = load_clip(small)
-    found = evaluate_bundle(bundle, [load_dataset(colors)])
-    plain = evaluate_bundle(base, [load_dataset(colors)])
-    assert found.home.metrics != plain.home.metrics
+    found = evaluate_model(bundle, [load_dataset(colors)])
+    plain = evaluate_model(base, [load_dataset(colors)])
+    assert found.in_distribution.metrics != plain.in_distribution.metrics
     assert weights_hash(bundle.model) == base.weights_hash
-    assert evaluate_bundle(bundle, [load_dataset(colors)]).home == found.home
+    assert evaluate_model(bundle, [load_dataset(colors)]).in_distribution == found.in_distribution
 
 
 def test_predictions_are_kept_when_asked(small, colors):
     bundle, dataset = load_clip(small), load_dataset(colors)
-    assert evaluate_bundle(bundle, [dataset]).home.predictions is None
-    home = evaluate_bundle(bundle, [dataset], keep_predictions=True).home
+    assert evaluate_model(bundle, [dataset]).in_distribution.predictions is None
+    home = evaluate_model(bundle, [dataset], keep_predictions=True).in_distribution
     samples = sorted(dataset.source("test"), key=lambda sample: sample.key)
     assert home.predictions.keys == [sample.key for sample in samples]
     assert home.predictions.labels == [sample.label for sample in samples]
@@ -107,20 +109,22 @@ def test_predictions_are_kept_when_asked(small, colors):
 def test_images_of_unknown_classes(small, colors, tmp_path):
     bundle, home = load_clip(small), load_dataset(colors)
     strange = [load_dataset(write_images(tmp_path / name, 4)) for name in ("a", "b")]
-    found = evaluate_bundle(bundle, [home], unknown=strange)
+    found = evaluate_model(bundle, [home], unknown=strange)
     assert found.context["unknown"].startswith("a (")
     # The same images in the same classes, so that their confidences are the home dataset's kind.
-    known = evaluate_bundle(bundle, [home], keep_predictions=True).home.predictions.confidence
+    known = evaluate_model(
+        bundle, [home], keep_predictions=True
+    ).in_distribution.predictions.confidence
     other = [
         c
         for dataset in strange
-        for c in evaluate_bundle(
+        for c in evaluate_model(
             bundle, [dataset], keep_predictions=True
-        ).home.predictions.confidence
+        ).in_distribution.predictions.confidence
     ]
     expected = roc_auc_score([1] * len(known) + [0] * len(other), known + other)
-    assert found.home.metrics["auroc"] == pytest.approx(expected, abs=1e-4)
-    assert "auroc" not in evaluate_bundle(bundle, [home]).home.metrics
+    assert found.in_distribution.metrics["auroc"] == pytest.approx(expected, abs=1e-4)
+    assert "auroc" not in evaluate_model(bundle, [home]).in_distribution.metrics
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +138,11 @@ def domains(tmp_path_factory):
 
 def test_accuracy_by_domain(small, domains):
     bundle, dataset = load_clip(small), load_dataset(domains)
-    found = evaluate_bundle(bundle, [dataset], keep_predictions=True).home
+    found = evaluate_model(bundle, [dataset], keep_predictions=True).in_distribution
     assert list(found.domains) == ["art", "photo", "sketch"]
     accuracies = []
     for name, domain in found.domains.items():
-        own = evaluate_bundle(bundle, [dataset.select(domains=[name])]).home
+        own = evaluate_model(bundle, [dataset.select(domains=[name])]).in_distribution
         assert domain.images == own.images == found.predictions.domains.count(name)
         assert domain.acc1 == own.metrics["acc1"]
         assert "mean_domain_acc1" not in own.metrics
@@ -152,7 +156,7 @@ def test_domain_without_images_is_told(small, domains):
     dataset = load_dataset(domains)
     lacking = dataclasses.replace(dataset.select(domains=["art", "photo"]), domains=dataset.domains)
     with pytest.raises(VlkrError, match="domain 'sketch' is empty"):
-        evaluate_bundle(load_clip(small), [lacking])
+        evaluate_model(load_clip(small), [lacking])
 
 
 def test_bad_images_are_left_out_up_to_a_number(small, tmp_path):
@@ -161,34 +165,34 @@ def test_bad_images_are_left_out_up_to_a_number(small, tmp_path):
         (root / "test" / name / "1.png").write_bytes(b"garbage")
     bundle, dataset = load_clip(small), load_dataset(root)
     with pytest.raises(VlkrError, match="more than 1 bad samples"):
-        evaluate_bundle(bundle, [dataset], max_bad=1)
+        evaluate_model(bundle, [dataset], max_bad=1)
     with pytest.warns(UserWarning, match="2 bad samples were skipped"):
-        assert evaluate_bundle(bundle, [dataset], max_bad=2).home.images == 7
+        assert evaluate_model(bundle, [dataset], max_bad=2).in_distribution.images == 7
 
 
 def test_a_key_in_two_tars_is_told(small, tmp_path):
     shards = write_shards(tmp_path / "d", per_class=2) / "test"
     (shards / "1.tar").write_bytes((shards / "0.tar").read_bytes())
     with pytest.raises(VlkrError, match="'d' has the key 's0_0' 2 times in its split 'test'"):
-        evaluate_bundle(load_clip(small), [load_dataset(tmp_path / "d")])
+        evaluate_model(load_clip(small), [load_dataset(tmp_path / "d")])
 
 
 def test_missing_samples_of_a_card_are_told(small):
     fonts = load_dataset("digits-fonts")
     more = dataclasses.replace(fonts, sizes={"test": 161})
     with pytest.raises(VlkrError, match=r"'digits-fonts' has 160 images .* expected 161"):
-        evaluate_bundle(load_clip(small), [more])
+        evaluate_model(load_clip(small), [more])
 
 
 def test_split_without_images_is_told(small, tmp_path):
     dataset = load_dataset(write_images(tmp_path / "d"))
     nothing = dataclasses.replace(dataset, splits={"test": View(dataset.source("test"), times={})})
     with pytest.raises(VlkrError, match="has no images in its split 'test'"):
-        evaluate_bundle(load_clip(small), [nothing])
+        evaluate_model(load_clip(small), [nothing])
 
 
 def test_weights_that_are_not_finite_are_told(small, colors):
     bundle = load_clip(small)
     bundle.model.visual.proj.data[0, 0] = torch.nan
     with pytest.raises(VlkrError, match="logits on colors are not finite"):
-        evaluate_bundle(bundle, [load_dataset(colors)])
+        evaluate_model(bundle, [load_dataset(colors)])

@@ -1,27 +1,30 @@
-"""``vlkr export`` and ``vlkr predict``: heavy imports wait until they run, so help is quick."""
+"""``vlkr export`` and ``vlkr predict``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from vlkr.cli.options import Switch
+
 
 def export(
+    *,
     run: Path,
     output: Path,
     format: str = "open_clip",
     dtype: str = "float32",
     alpha: float = 1.0,
-    force: bool = False,
+    force: Switch = False,
     push_to_hub: str | None = None,
 ) -> Any:
-    """Write a run's adapted model in a form that needs no vlkr.
+    """Writes a run's adapted model in a form that needs no vlkr.
 
     The adapters are merged in fp32 and then cast. The export is loaded again and compared with the
     adapted model on the run's test images before it gets its name.
 
     Args:
-        run: written by ``vlkr adapt``.
+        run: folder written by ``vlkr adapt``.
         output: folder to write.
         format: ``open_clip``, ``timm``, ``transformers``, ``onnx``, ``torch`` or ``adapter``.
         dtype: dtype of the weights: ``float32``, ``float16`` or ``bfloat16``.
@@ -29,30 +32,31 @@ def export(
         force: replace an existing export.
         push_to_hub: repository, ``ORG/NAME``, to upload the export to.
     """
-    from vlkr.export import export as module
+    from vlkr.export.export import export
 
-    return module.export(run, output, format, dtype, alpha, force, push_to_hub)
+    return export(run, output, format, dtype, alpha, force, push_to_hub)
 
 
 def predict(
-    model: Path,
     images: list[Path],
+    *,
+    model: Path,
     format: str = "table",
     top_k: int = 1,
     output: Path | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     device: str = "auto",
-    force: bool = False,
+    force: Switch = False,
 ) -> Any:
-    """Classify images with an exported model.
+    """Classifies images with an exported model.
 
     An unreadable image is reported in its row; the others are classified all the same, and the
     exit status is 1.
 
     Args:
-        model: folder written by ``vlkr export``, of any format.
         images: files, and folders that are searched for images at any depth.
+        model: folder written by ``vlkr export``, of any format.
         format: ``table``, ``jsonl`` or ``csv``.
         top_k: number of classes per image.
         output: file to write instead of printing; its extension (``.jsonl``, ``.csv``) or
@@ -62,8 +66,6 @@ def predict(
         device: ``auto``, ``cpu``, ``cuda``, ...
         force: replace an existing file.
     """
-    from vlkr.export import predict as module
+    from vlkr.export.predict import predict
 
-    return module.predict(
-        model, images, format, top_k, output, batch_size, num_workers, device, force
-    )
+    return predict(model, images, format, top_k, output, batch_size, num_workers, device, force)
