@@ -238,7 +238,7 @@ def test_workers_and_a_process_of_its_own(model, photos, capsys):
         ("--model MODEL PHOTOS --output EMPTY/x.json", "x.json: name it .csv or .jsonl"),
         ("--model MODEL PHOTOS --format xml", "unknown format 'xml'; known: table, jsonl, csv"),
         ("--model MODEL PHOTOS --device abacus", "device 'abacus' is not available"),
-        ("--model MODEL", "--images missing"),
+        ("--model MODEL", "--images requires an argument"),
     ],
 )
 def test_wrong_input_is_one_line(words, message, model, photos, tmp_path, capsys):
