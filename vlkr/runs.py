@@ -114,7 +114,7 @@ class RunConfig:
         return cls(
             **names,
             adapter=from_plain(AdapterConfig, content.get("adapter", {}), "adapter"),
-            data=DataOptions.read(content.get("data", {})),
+            data=from_plain(DataOptions, content.get("data", {}), "data"),
             optimizer=from_plain(OptimizerConfig, content.get("optimizer", {}), "optimizer"),
             trainer=from_plain(TrainerConfig, content.get("trainer", {}), "trainer"),
             seed=seed,

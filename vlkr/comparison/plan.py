@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from vlkr.comparison.methods import CellKind, Method
 from vlkr.comparison.options import ZERO_SHOT, GridConfig
+from vlkr.config import from_plain
 from vlkr.datasets import DataOptions, Dataset
 from vlkr.errors import VlkrError
 from vlkr.files import json_sha256, resource
@@ -100,7 +101,7 @@ class Cell:
             value["kind"],
             RunConfig.from_plain({**value, "seed": value["seed"] or 0}),
             tuple(
-                EvalSet(part["name"], DataOptions.read(part["data"]), part["split"])
+                EvalSet(part["name"], from_plain(DataOptions, part["data"], "data"), part["split"])
                 for part in value["sets"]
             ),
             value["match_options"],

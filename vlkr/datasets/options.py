@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-
-from jsonargparse import ArgumentError, ArgumentParser
 
 from vlkr.datasets.prompts import absolute_templates
 from vlkr.datasets.registry import Dataset, describe_dataset, load_dataset
@@ -73,23 +71,6 @@ class DataOptions:
     memory_gb: float = 4.0
     shuffle_buffer: int = 1024
     allow_commands: bool = False
-
-    @classmethod
-    def read(cls, found: dict[str, Any]) -> DataOptions:
-        """From a file: the options by their names, others passed over.
-
-        Raises:
-            VlkrError: if a value is of another type.
-        """
-        known = {field.name for field in fields(cls)}
-        data = {name: value for name, value in found.items() if name in known}
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(cls, "data")
-        try:
-            options: DataOptions = parser.instantiate(parser.parse_object({"data": data})).data
-        except ArgumentError as error:
-            raise VlkrError(f"the configuration of the data is not valid: {error}") from error
-        return options
 
     @property
     def label(self) -> str:
