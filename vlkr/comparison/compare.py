@@ -252,8 +252,7 @@ def _pictures(
 
 def _spectra(results: GridResults, place: Place) -> tuple[list[Table], list[Picture]]:
     """Table and plot of the spectra of the first seed's adapters; none without adapters."""
-    from vlkr.evaluation.spectra import model_spectra
-    from vlkr.evaluation.spectrum_report import NOTE, Run, Spectra, plot_curves
+    from vlkr.analysis.spectrum import RunSpectra, Spectra, model_spectra
     from vlkr.runs import RunFolder  # imports the models' libraries
 
     runs = []
@@ -264,11 +263,10 @@ def _spectra(results: GridResults, place: Place) -> tuple[list[Table], list[Pict
         folder = selected.results[0].folder.run
         layers = model_spectra(RunFolder.open(folder).load_model().model)
         if layers:
-            runs.append(Run(str(folder), method, layers))
+            runs.append(RunSpectra(str(folder), method, layers))
     if not runs:
         return [], []
     spectra = Spectra(runs, {})
     where = f"on {place['dataset']}, {place['shots']} shots"
-    header, *rows = (tuple(row) for row in spectra.method_rows())
-    table = Table(f"Spectra {where}", header, tuple(rows), NOTE, brief=False)
-    return [table], [Picture("spectra", f"Singular values {where}", partial(plot_curves, spectra))]
+    table = spectra.measure_table(f"Spectra {where}", brief=False)
+    return [table], [Picture("spectra", f"Singular values {where}", spectra.plot_curves)]
