@@ -55,12 +55,7 @@ class DemoResult:
 
     def lines(self) -> list[str]:
         """Returns where the export and the chart are."""
-        export = self.exported
-        return [
-            f"Exported to {export.folder} ({export.format}, {export.dtype}). "
-            f"{export.parity.summary()}",
-            f"Chart: {self.output / 'accuracy.png'}",
-        ]
+        return [*self.exported.lines(), f"Chart: {self.output / 'accuracy.png'}"]
 
     def names(self) -> list[str]:
         """Returns the names of the datasets, the in-distribution one first."""
