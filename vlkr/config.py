@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -116,7 +115,7 @@ def from_plain(cls: type[T], value: Any, section: str) -> T:
         raise VlkrError(f"{section} is {value!r:.80}, expected a mapping")
     try:
         # As JSON, where a list stands for a tuple and a string for a path.
-        config: T = _validator(cls).validate_json(json.dumps(value, default=str), strict=True)
+        config = TypeAdapter(cls).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         raise VlkrError(describe_error(error, section)) from error
     return config
@@ -127,8 +126,3 @@ def describe_error(error: ValidationError, section: str) -> str:
     first = error.errors(include_url=False)[0]
     name = ".".join([section, *map(str, first["loc"])])
     return f"{name} is {first['input']!r:.80}: {first['msg'].replace('Input should', 'it should')}"
-
-
-@cache
-def _validator(cls: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)
