@@ -19,7 +19,7 @@ from vlkr.datasets import DataOptions
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate
 from vlkr.files import read_json, write_json
-from vlkr.training.adapt import adapt
+from vlkr.training.recipe import adapt
 
 METHODS = [
     "zero-shot",

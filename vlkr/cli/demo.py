@@ -116,7 +116,7 @@ def _run(output: Path, quick: bool, force: bool) -> DemoResult:
     from vlkr.export.export import export
     from vlkr.models.clip import load_clip
     from vlkr.models.names import TINY
-    from vlkr.training.adapt import adapt
+    from vlkr.training.recipe import adapt
 
     seeds, epochs = ([1], 2) if quick else ([1, 2, 3], 20)
     home = load_dataset("digits")
