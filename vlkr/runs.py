@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from vlkr.files import (
 from vlkr.models.classifier import ClassHead
 from vlkr.models.clip import ClipBundle
 from vlkr.models.loading import load_model
+from vlkr.runtime import is_first_process
 
 CHECKPOINT = Path("checkpoints", "last.ckpt")
 # Options that change how a run is computed and not what it learns.
@@ -410,8 +410,3 @@ def validation_set(data: DataOptions, seed: int) -> Dataset | None:
     if source is None:
         return None
     return replace(dataset, splits={"val": source}, sizes={}, domains=())
-
-
-def is_first_process() -> bool:
-    """Whether this process is the first of those that compute side by side."""
-    return all(os.environ.get(k, "0") == "0" for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))

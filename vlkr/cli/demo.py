@@ -55,12 +55,7 @@ class DemoResult:
 
     def lines(self) -> list[str]:
         """Returns where the export and the chart are."""
-        export = self.exported
-        return [
-            f"Exported to {export.folder} ({export.format}, {export.dtype}). "
-            f"{export.parity.summary()}",
-            f"Chart: {self.output / 'accuracy.png'}",
-        ]
+        return [*self.exported.lines(), f"Chart: {self.output / 'accuracy.png'}"]
 
     def names(self) -> list[str]:
         """Returns the names of the datasets, the in-distribution one first."""
@@ -121,7 +116,7 @@ def _run(output: Path, quick: bool, force: bool) -> DemoResult:
     from vlkr.export.export import export
     from vlkr.models.clip import load_clip
     from vlkr.models.names import TINY
-    from vlkr.training.adapt import adapt
+    from vlkr.training.recipe import adapt
 
     seeds, epochs = ([1], 2) if quick else ([1, 2, 3], 20)
     home = load_dataset("digits")

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps
-from rich.console import Console
-from rich.table import Table
 
 from vlkr.datasets.images import decode_image, image_extension
 from vlkr.datasets.registry import Dataset, load_dataset
 from vlkr.datasets.samples import BadSample, Sample, Source, good_samples, unit_hash
 from vlkr.errors import VlkrError
 from vlkr.files import atomic_file
+from vlkr.reporting.table import Table
 from vlkr.runtime import parallel_map, progress_bar
 
 _TILE, _MARGIN, _TEXT = 96, 4, 14
@@ -90,6 +89,7 @@ class InfoResult:
     dataset: Dataset
     splits: dict[str, SplitInfo]
     sheet: Path | None = None
+    exit_code = 0
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for a program; counts are by class, then by domain."""
@@ -114,17 +114,20 @@ class InfoResult:
             "contact_sheet": None if self.sheet is None else str(self.sheet),
         }
 
-    def show(self, console: Console) -> None:
-        """Prints classes and domains with their counts, and what the images are like."""
-        names = self.dataset.class_names
-        console.print(_table("class", self.splits, names, lambda info, i: info.of_class(i)))
-        if len(names) > _MOST_LINES:
-            console.print(f"and {len(names) - _MOST_LINES} more classes; --json has all of them")
+    def tables(self) -> list[Table]:
+        """Returns the number of images by class and, of data with domains, by domain."""
+        tables = [_table("class", self.splits, self.dataset.class_names, SplitInfo.of_class)]
         if domains := self.dataset.domains:
-            counts = _table(
-                "domain", self.splits, domains, lambda info, i: info.of_domain(domains[i])
+            tables.append(
+                _table("domain", self.splits, domains, lambda info, i: info.of_domain(domains[i]))
             )
-            console.print(counts)
+        return tables
+
+    def lines(self) -> list[str]:
+        """Returns what the images of each split are like."""
+        lines = []
+        if (more := len(self.dataset.class_names) - _MOST_LINES) > 0:
+            lines.append(f"and {more} more classes; --json has all of them")
         for split, info in self.splits.items():
             formats = ", ".join(f"{number:,} {kind}" for kind, number in info.formats.most_common())
             sides = ", ".join(
@@ -132,13 +135,13 @@ class InfoResult:
                 for name, (low, median, high) in info.sides().items()
             )
             bad = f"; {info.bad} that cannot be read" if info.bad else ""
-            console.print(
+            lines.append(
                 f"{split}: {info.images:,} images ({formats}), {info.bytes / 1e6:,.1f} MB; "
-                f"{sides} pixels{bad}",
-                highlight=False,
+                f"{sides} pixels{bad}"
             )
         if self.sheet is not None:
-            console.print(f"Contact sheet: {self.sheet}", highlight=False, markup=False)
+            lines.append(f"Contact sheet: {self.sheet}")
+        return lines
 
 
 def _table(
@@ -147,12 +150,11 @@ def _table(
     names: Sequence[str],
     count: Callable[[SplitInfo, int], int],
 ) -> Table:
-    table = Table(head)
-    for split in splits:
-        table.add_column(split, justify="right")
-    for i, name in enumerate(names[:_MOST_LINES]):
-        table.add_row(name, *(f"{count(info, i):,}" for info in splits.values()))
-    return table
+    rows = [
+        [name, *(f"{count(info, i):,}" for info in splits.values())]
+        for i, name in enumerate(names[:_MOST_LINES])
+    ]
+    return Table.of("", [[head, *splits], *rows])
 
 
 def info(

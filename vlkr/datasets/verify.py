@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-
 from vlkr.datasets.images import decode_image
 from vlkr.datasets.pack import FORMAT, MANIFEST
 from vlkr.datasets.registry import load_dataset
 from vlkr.datasets.samples import BadSample, Source
 from vlkr.errors import VlkrError
 from vlkr.files import read_json, sha256_of
+from vlkr.reporting.table import Table
 from vlkr.runtime import parallel_map, progress_bar
 
 
@@ -48,10 +47,12 @@ class Verification:
             "problems": self.problems,
         }
 
-    def show(self, console: Console) -> None:
-        """Prints the problems and the counts."""
-        for problem in self.problems:
-            console.print(f"bad: {problem}", highlight=False, markup=False, soft_wrap=True)
+    def tables(self) -> list[Table]:
+        """Returns no table."""
+        return []
+
+    def lines(self) -> list[str]:
+        """Returns the problems and the counts."""
         counts = ", ".join(f"{split} {number:,}" for split, number in self.samples.items())
         against = (
             "counts and checksums compared"
@@ -60,7 +61,8 @@ class Verification:
         )
         number = len(self.problems)
         verdict = f"{number} problem{'s' if number > 1 else ''}" if number else "no problem"
-        console.print(f"{verdict}; good images: {counts}; {against}", highlight=False)
+        problems = [f"bad: {problem}" for problem in self.problems]
+        return [*problems, f"{verdict}; good images: {counts}; {against}"]
 
 
 def verify(
