@@ -11,7 +11,7 @@ from rich.console import Console
 
 from vlkr.cli.options import Switch
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
-from vlkr.datasets import DataOptions, load_dataset
+from vlkr.datasets import DataConfig, load_dataset
 from vlkr.evaluation.report import Evaluation
 from vlkr.files import check_free, write_json, write_text
 from vlkr.reporting.table import Table
@@ -144,7 +144,7 @@ def _demo(output: Path, quick: bool, force: bool) -> DemoResult:
                     adapter=AdapterConfig(
                         method, match=None if method == "kradapter" else "kradapter"
                     ),
-                    data=DataOptions("digits", shots=16, crop_scale=(0.7, 1.0), flip=False),
+                    data=DataConfig("digits", shots=16, crop_scale=(0.7, 1.0), flip=False),
                     optimizer=OptimizerConfig(),
                     trainer=TrainerConfig(epochs=epochs, accelerator="cpu"),
                     seed=seed,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
 from vlkr.models.names import absolute_names
 from vlkr.reporting.table import show
@@ -56,7 +56,7 @@ def adapt(
     model: str = "tiny",
     pretrained: str | None = None,
     adapter: AdapterConfig = AdapterConfig(),
-    data: DataOptions = DataOptions(),
+    data: DataConfig = DataConfig(),
     optimizer: OptimizerConfig = OptimizerConfig(),
     trainer: TrainerConfig = TrainerConfig(),
     seed: int = 1,
