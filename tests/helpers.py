@@ -144,7 +144,7 @@ def small_run(output: Path, model: str, root: Path, **changes: object) -> None:
     """Adapts ``model`` to the images below ``root`` in a second, with few steps and shots."""
     from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
     from vlkr.datasets import DataConfig
-    from vlkr.training.adapt import adapt
+    from vlkr.training.recipe import adapt
 
     options = {
         "adapter": AdapterConfig(),

@@ -17,7 +17,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def colors(tmp_path_factory):
-    """A home dataset; beside it, ``more`` images of its classes and two of them alone."""
+    """A dataset to adapt to; beside it, ``more`` images of its classes, and ``two`` classes."""
     root = tmp_path_factory.mktemp("data")
     write_images(root / "more", per_class=16, names=list(COLORS)[::-1])
     write_images(root / "two", per_class=8, names=["red", "blue"])
@@ -26,7 +26,7 @@ def colors(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def others(colors):
-    """What the home dataset is measured against."""
+    """Datasets under domain shift."""
     return [str(colors.parent / name) for name in ("more", "two")]
 
 

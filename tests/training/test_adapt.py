@@ -13,7 +13,7 @@ from torch import nn
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
-from vlkr.models import loading
+from vlkr.training import recipe
 from vlkr.training.module import FewShotModule
 
 FILES = {
@@ -232,8 +232,8 @@ def test_adapter_that_the_model_does_not_use_is_told(tmp_path, small, colors, mo
         bundle.model.spare = nn.Linear(4, 4)
         return bundle
 
-    load_model = loading.load_model
-    monkeypatch.setattr(loading, "load_model", load_with_spare_part)
+    load_model = recipe.load_model
+    monkeypatch.setattr(recipe, "load_model", load_with_spare_part)
     adapter = AdapterConfig(targets=["q", "spare"])
     with pytest.raises(VlkrError, match="does not use the adapter on spare"):
         small_run(tmp_path / "run", small, colors, adapter=adapter)

@@ -59,7 +59,7 @@ def test_accumulated_batches_train_as_one_composition_or_many(small, colors, tmp
 
     from vlkr.config import TrainerConfig
     from vlkr.datasets import DataConfig
-    from vlkr.training.adapt import adapt
+    from vlkr.training.recipe import adapt
 
     def run(name):
         data = DataConfig(

@@ -30,6 +30,8 @@ class Adapter(nn.Module, ABC):
     has_factor_gradients: bool = False
     #: the change is one of the bias, ``(out_features)``, and not of the weight.
     adapts_bias: ClassVar[bool] = False
+    #: the change depends on the base weight, so that ``delta`` needs it.
+    needs_weight: ClassVar[bool] = False
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()

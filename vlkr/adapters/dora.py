@@ -26,6 +26,7 @@ class DoRA(LoRA):
     """
 
     has_low_rank_forward = False
+    needs_weight = True
 
     def __init__(
         self,

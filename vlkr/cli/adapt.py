@@ -43,7 +43,7 @@ def adapt(
             requeues does so by itself.
         force: allow a non-empty output folder.
     """
-    from vlkr.training.adapt import adapt
+    from vlkr.training.recipe import adapt
 
     return adapt(
         output, model, pretrained, typed(adapter), data, optimizer, trainer, seed, resume, force
@@ -74,7 +74,7 @@ def project(
         adapter: method (``kradapter`` or ``lora``), its options and targets.
         force: replace an existing adapter.
     """
-    from vlkr.training.project import project_fine_tune
+    from vlkr.training.recipe import project_fine_tune
 
     return project_fine_tune(
         output, base, tuned, base_pretrained, tuned_pretrained, typed(adapter), force

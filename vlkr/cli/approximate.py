@@ -54,6 +54,6 @@ def approximate(
         force: allow a non-empty output folder.
     """
     options = locals()
-    from vlkr.approximation.approximate import approximate
+    from vlkr.analysis.benchmark import approximate
 
     return approximate(**options)

@@ -134,6 +134,6 @@ def spectrum(
         output: folder for ``spectrum.json``, ``report.md``, ``heatmap.png`` and ``curves.png``.
         force: allow a non-empty output folder.
     """
-    from vlkr.evaluation.spectrum import spectrum
+    from vlkr.analysis.spectrum import spectrum
 
     return spectrum(run, include_shifts, device, output, force)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import methodcaller
@@ -11,6 +11,7 @@ from pathlib import Path
 from vlkr.comparison.dry_run import DryRun
 from vlkr.comparison.engine import CellStates, run_grid
 from vlkr.comparison.figures import (
+    At,
     plot_bars,
     plot_calibration,
     plot_over_shots,
@@ -151,7 +152,8 @@ def compare_report(
         return mean_over(results, method, every, SelectedRuns.shift_means)
 
     first, most = next(iter(sets)), shots[-1]
-    panels = {first if len(sets) == 1 else f"mean of {len(sets)} datasets": in_distribution}
+    name = first if len(sets) == 1 else f"mean of {len(sets)} datasets"
+    panels: dict[str, At] = {name: in_distribution}
     if shifted:
         panels["mean of shifts"] = under_shift
     tables = [
@@ -223,7 +225,7 @@ def _accuracy_table(
 def _pictures(
     results: GridResults,
     sets: dict[str, tuple[str, ...]],
-    panels: dict[str, Callable[[str, Place], list[float]]],
+    panels: dict[str, At],
     places: list[Place],
 ) -> list[Picture]:
     pictures = []
@@ -250,8 +252,7 @@ def _pictures(
 
 def _spectra(results: GridResults, place: Place) -> tuple[list[Table], list[Picture]]:
     """Table and plot of the spectra of the first seed's adapters; none without adapters."""
-    from vlkr.evaluation.spectra import model_spectra
-    from vlkr.evaluation.spectrum_report import NOTE, Run, Spectra, plot_curves
+    from vlkr.analysis.spectrum import RunSpectra, Spectra, model_spectra
     from vlkr.runs import RunFolder  # imports the models' libraries
 
     runs = []
@@ -262,11 +263,10 @@ def _spectra(results: GridResults, place: Place) -> tuple[list[Table], list[Pict
         folder = selected.results[0].folder.run
         layers = model_spectra(RunFolder.open(folder).load_model().model)
         if layers:
-            runs.append(Run(str(folder), method, layers))
+            runs.append(RunSpectra(str(folder), method, layers))
     if not runs:
         return [], []
     spectra = Spectra(runs, {})
     where = f"on {place['dataset']}, {place['shots']} shots"
-    header, *rows = (tuple(row) for row in spectra.method_rows())
-    table = Table(f"Spectra {where}", header, tuple(rows), NOTE, brief=False)
-    return [table], [Picture("spectra", f"Singular values {where}", partial(plot_curves, spectra))]
+    table = spectra.measure_table(f"Spectra {where}", brief=False)
+    return [table], [Picture("spectra", f"Singular values {where}", spectra.plot_curves)]

@@ -130,8 +130,8 @@ def dg_plan(
             sets = [images_of(domain, [domain], "train") for domain in domains]
             [setting] = grid_cells(grid, method, (dataset_name(data),), data, sets)
             cells += setting.cells
-            candidates = (setting.candidate(),)
-            entries += [Entry(method.label, {"domain": d}, candidates, (d,)) for d in domains]
+            zero_shot = (setting.candidate(),)
+            entries += [Entry(method.label, {"domain": d}, zero_shot, (d,)) for d in domains]
             continue
         pairs: dict[tuple[str, ...], list[SettingCells]] = {}
         if selection == "leave-one-domain-out" and len(method.settings) > 1:

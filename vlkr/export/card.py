@@ -129,9 +129,9 @@ def _metrics(source: ExportInput) -> str:
     note = "" if source.alpha == 1 else ", not at the strength of this export"
     table = Table.of("", rows).markdown()
     return (
-        f"{table}\nOf the adapted model in fp32 at full strength of the adapter"
-        f"{note}; {_selection(source)}, templates {markdown_text(str(results[0]['templates']))}, "
-        "final checkpoint.\n"
+        f"{table}\nOf the adapted model in fp32 at full strength of the adapter{note}; "
+        f"{markdown_text(_selection(source))}, templates "
+        f"{markdown_text(str(results[0]['templates']))}, final checkpoint.\n"
     )
 
 

@@ -8,7 +8,7 @@ import shlex
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -36,6 +36,7 @@ from vlkr.export.parity import Parity, check_parity
 from vlkr.files import atomic_folder, check_free, read_json, write_json, write_text
 from vlkr.models.clip import logit_scale
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
+from vlkr.reporting.table import Table
 from vlkr.runs import RunFolder, adapter_scale
 from vlkr.runtime import pick_device
 from vlkr.version import __version__
@@ -62,6 +63,7 @@ class ExportResult:
     dtype: str
     parity: Parity
     address: str | None = None
+    exit_code: ClassVar[int] = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields."""
@@ -73,14 +75,17 @@ class ExportResult:
             "address": self.address,
         }
 
-    def show(self, console: Console) -> None:
-        """Print where the export is and how it agrees with the adapted model."""
-        pushed = "" if self.address is None else f" Pushed to {escape(self.address)}."
-        console.print(
-            f"Exported to [bold]{escape(str(self.folder))}[/] ({self.format}, {self.dtype}). "
-            f"{self.parity.summary()}{pushed}",
-            highlight=False,
-        )
+    def tables(self) -> list[Table]:
+        """Return none."""
+        return []
+
+    def lines(self) -> list[str]:
+        """Return where the export is and how it agrees with the adapted model."""
+        pushed = "" if self.address is None else f" Pushed to {self.address}."
+        return [
+            f"Exported to {self.folder} ({self.format}, {self.dtype}). "
+            f"{self.parity.summary()}{pushed}"
+        ]
 
 
 def export(

@@ -108,8 +108,10 @@ class Table:
 class Result(Protocol):
     """What a command returns: tables and lines for a person, JSON for a program."""
 
-    exit_code: int
-    """Exit status of the command; 0 unless the result itself reports a problem."""
+    @property
+    def exit_code(self) -> int:
+        """Exit status of the command; 0 unless the result itself reports a problem."""
+        ...
 
     def tables(self) -> list[Table]:
         """Returns the tables, those of the report included."""
@@ -130,7 +132,7 @@ def show(result: Result, console: Console) -> None:
         if table.brief:
             console.print(table.rich())
     for line in result.lines():
-        console.print(printable(line), highlight=False, markup=False)
+        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def markdown_text(text: str) -> str:

@@ -6,14 +6,21 @@ import torch
 from helpers import write_clip
 from safetensors.torch import load_file, save_file
 
-from vlkr.approximation.targets import DEFAULT_TARGETS, TARGETS, target_maker, weight_targets
+from vlkr.analysis.matrices import (
+    DEFAULT_MATRICES,
+    MATRICES,
+    load_weights,
+    make_matrix,
+    matrix_maker,
+)
 from vlkr.errors import VlkrError
+from vlkr.functional import effective_rank
 
-NAMES = [*TARGETS, "power-law:0.5"]
+NAMES = [*MATRICES, "power-law:0.5"]
 
 
 def make(name, rows=96, columns=64, seed=1):
-    return target_maker(name)(rows, columns, torch.Generator().manual_seed(seed))
+    return make_matrix(name, rows, columns, seed)
 
 
 def band(matrix, low, high):
@@ -36,8 +43,8 @@ def test_targets_have_their_shape_and_depend_on_the_seed_alone(name, shape):
 
 
 def test_the_default_targets_are_the_papers_six_without_aliasing():
-    assert len(DEFAULT_TARGETS) == 6
-    assert set(TARGETS) - set(DEFAULT_TARGETS) == {"high-frequency-aliased"}
+    assert len(DEFAULT_MATRICES) == 6
+    assert set(MATRICES) - set(DEFAULT_MATRICES) == {"high-frequency-aliased"}
 
 
 def test_gaussian_and_sparse_entries():
@@ -94,14 +101,14 @@ def test_power_law_spectra(exponent):
     [
         ("gausian", "did you mean 'gaussian'"),
         ("zzz", "known: gaussian, .*power-law:EXPONENT"),
-        ("power-law:x", "'x' is no exponent"),
-        ("power-law:-1", "'-1' is no exponent"),
-        ("power-law:nan", "'nan' is no exponent"),
+        ("power-law:x", "'x' is not an exponent"),
+        ("power-law:-1", "'-1' is not an exponent"),
+        ("power-law:nan", "'nan' is not an exponent"),
     ],
 )
 def test_unknown_targets_are_named(name, message):
     with pytest.raises(VlkrError, match=message):
-        target_maker(name)
+        matrix_maker(name)
 
 
 @pytest.fixture(scope="module")
@@ -113,37 +120,35 @@ def test_weights_are_the_last_text_and_visual_in_proj_of_a_model(clip):
     stored = load_file(f"{clip.removeprefix('local-dir:')}/open_clip_model.safetensors")
     text = "transformer.resblocks.0.attn.in_proj_weight"
     visual = "visual.transformer.resblocks.1.attn.in_proj_weight"
-    found = weight_targets(clip)
+    found = load_weights(clip)
     assert list(found) == [text, visual]
     assert all(torch.equal(found[name], stored[name]) for name in found)
     file = f"{clip.removeprefix('local-dir:')}/open_clip_model.safetensors"
-    assert all(torch.equal(found[n], t) for n, t in weight_targets(file).items())
-    assert list(weight_targets(file)) == [text, visual]
-    named = weight_targets(clip, tensor="visual.proj")
+    assert all(torch.equal(found[n], t) for n, t in load_weights(file).items())
+    assert list(load_weights(file)) == [text, visual]
+    named = load_weights(clip, tensor="visual.proj")
     assert torch.equal(named["visual.proj"], stored["visual.proj"])
 
 
 def test_wrong_weights_are_named(clip, tmp_path):
     file = tmp_path / "w.safetensors"
     save_file({"a.weight": torch.zeros(3, 4), "a.bias": torch.zeros(3)}, file)
-    assert weight_targets(str(file), tensor="a.weight")["a.weight"].shape == (3, 4)
+    assert load_weights(str(file), tensor="a.weight")["a.weight"].shape == (3, 4)
     with pytest.raises(VlkrError, match="name a weight with --tensor"):
-        weight_targets(str(file))
+        load_weights(str(file))
     with pytest.raises(VlkrError, match=r"no tensor 'a\.wight'; nearest: a\.weight"):
-        weight_targets(str(file), tensor="a.wight")
+        load_weights(str(file), tensor="a.wight")
     with pytest.raises(VlkrError, match=r"a\.bias of .* is 3 torch\.float32, expected a matrix"):
-        weight_targets(str(file), tensor="a.bias")
+        load_weights(str(file), tensor="a.bias")
     with pytest.raises(VlkrError, match="cannot read"):
-        weight_targets(str(tmp_path / "none.safetensors"))
+        load_weights(str(tmp_path / "none.safetensors"))
     (tmp_path / "bad.safetensors").write_text("no")
     with pytest.raises(VlkrError, match="cannot read"):
-        weight_targets(str(tmp_path / "bad.safetensors"))
+        load_weights(str(tmp_path / "bad.safetensors"))
 
 
 def test_power_law_exponents_meet_their_effective_rank():
     sigma = np.arange(1.0, 65) ** -0.5
     p = sigma / sigma.sum()
     expected = math.exp(-(p * np.log(p)).sum())
-    from vlkr.functional import effective_rank
-
     assert effective_rank(make("power-law:0.5")).item() == pytest.approx(expected, rel=1e-4)

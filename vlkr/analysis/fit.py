@@ -1,16 +1,17 @@
-"""Squared Frobenius distances of adapters' changes to targets, as functions of the factors.
+"""Fits adapters to matrices: one recipe for all methods, seeds side by side.
 
-An adapter's own ``delta()`` gives the distance of any method. Where the change is linear in a low
-rank or in a frozen basis, expanding the square spares composing it: ``|P|^2 - 2 <P, T> + |T|^2``,
-each term from the factors. LoRA, KronA and KRAdapter are one case: a low-rank approximation of the
-target, of its blocks or of its rows laid out as matrices.
+An adapter's ``delta()`` gives the squared Frobenius distance of its weight update to a target for
+any method. Where the update is linear in a low-rank product or in a frozen basis, expanding the
+square avoids composing it: ``|P|^2 - 2 <P, T> + |T|^2``, each term from the factors. LoRA, KronA
+and KRAdapter are one case: a low-rank approximation of the target, of its blocks or of its rows
+reshaped to matrices.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -23,68 +24,141 @@ from vlkr.adapters.kradapter import KRAdapter
 from vlkr.adapters.krona import KronA
 from vlkr.adapters.lora import LoRA
 from vlkr.adapters.randlora import RandLoRA
-from vlkr.adapters.sinlora import SinLoRA
 from vlkr.adapters.vera import VeRA
 
 Factors = Mapping[str, Tensor]
-#: maps stacked factors to the squared distance ``(adapters,)``
+#: maps stacked factors to the squared distances ``(adapters,)``
 Distance = Callable[[Factors], Tensor]
 
 
-class _Delta(nn.Module):
-    """A module whose ``forward`` is the adapter's change, as ``functional_call`` needs it."""
+@dataclass(frozen=True)
+class Recipe:
+    """The published recipe: AdamW on the Frobenius distance.
 
-    def __init__(self, adapter: Adapter) -> None:
+    Args:
+        iterations: evaluations of the distance; there is a step between two of them.
+        lr: constant learning rate.
+        weight_decay: AdamW's.
+    """
+
+    iterations: int = 300
+    lr: float = 0.1
+    weight_decay: float = 0.01
+
+
+def fit(
+    adapters: Sequence[Adapter], targets: Tensor, recipe: Recipe, weights: Tensor | None = None
+) -> Tensor:
+    """Trains equal adapters, each on its own target.
+
+    Minimizes the sum of their distances, so that each one's gradient is as it is alone.
+
+    Args:
+        adapters: of one class, shape and set of options, with their initial factors.
+        targets: ``(adapters, out_features, in_features)``.
+        recipe: iterations and optimizer.
+        weights: base weights of that shape, for methods that need them.
+
+    Returns:
+        The weight updates ``(adapters, out_features, in_features)`` of the last evaluation.
+    """
+    device = targets.device
+    factors = {
+        n: f.to(device).detach().requires_grad_() for n, f in stacked_factors(adapters).items()
+    }
+    optimizer = torch.optim.AdamW(
+        list(factors.values()), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+    )
+    for adapter in adapters:
+        adapter.to(device)
+    distance = squared_distance(adapters, targets, weights)
+    # Rounding of the expanded square may make a tiny distance negative.
+    floor = 1e-12 * targets.square().sum((1, 2)) + torch.finfo(targets.dtype).tiny
+    for _ in range(recipe.iterations - 1):
+        optimizer.zero_grad()
+        distance(factors).maximum(floor).sqrt().sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        return stacked_deltas(adapters, weights)(factors).detach()
+
+
+class _Delta(nn.Module):
+    """A module whose ``forward`` is the adapter's weight update, for ``functional_call``."""
+
+    def __init__(self, adapter: Adapter, weight: Tensor | None) -> None:
         super().__init__()
         self.adapter = adapter
+        self.weight: Tensor | None
+        self.register_buffer("weight", weight)
 
     def forward(self) -> Tensor:
-        return self.adapter.delta()
+        return self.adapter.delta(self.weight)
 
 
 def stacked_factors(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    """Trainable factors of equal adapters, stacked to leaves ``(adapters, ...)``."""
+    """Returns the trainable factors of equal adapters, stacked to leaves ``(adapters, ...)``."""
     return {
         name: torch.stack([a.get_parameter(name).detach() for a in adapters]).requires_grad_()
         for name, _ in adapters[0].named_parameters()
     }
 
 
-def stacked_deltas(adapters: Sequence[Adapter], factors: Factors) -> Tensor:
-    """Changes ``(adapters, out_features, in_features)`` of equal adapters with these factors."""
-    wrapped = {f"adapter.{name}": factor for name, factor in factors.items()}
-    if len(adapters) == 1:
-        single = {name: factor.squeeze(0) for name, factor in wrapped.items()}
-        return cast(Tensor, functional_call(_Delta(adapters[0]), single, ())).unsqueeze(0)
-    _, buffers = stack_module_state([_Delta(adapter) for adapter in adapters])
-    skeleton = copy.deepcopy(_Delta(adapters[0])).to("meta")
-    return cast(
-        Tensor,
-        vmap(lambda state: functional_call(skeleton, state, ()))({**wrapped, **buffers}),
-    )
+def stacked_deltas(adapters: Sequence[Adapter], weights: Tensor | None = None) -> Distance:
+    """Returns the map from stacked factors to weight updates.
+
+    Args:
+        adapters: of one class, shape and set of options.
+        weights: base weights ``(adapters, out_features, in_features)``, if the method needs them.
+
+    Returns:
+        A function to ``(adapters, out_features, in_features)``.
+    """
+    bases = [None] * len(adapters) if weights is None else list(weights)
+    modules = [_Delta(a, base) for a, base in zip(adapters, bases, strict=True)]
+
+    def single(factors: Factors) -> Tensor:
+        state = {f"adapter.{name}": factor.squeeze(0) for name, factor in factors.items()}
+        return cast(Tensor, functional_call(modules[0], state, ())).unsqueeze(0)
+
+    if len(modules) == 1:
+        return single
+    _, buffers = stack_module_state(cast(list[nn.Module], modules))
+    skeleton = copy.deepcopy(modules[0]).to("meta")
+    compose = vmap(lambda state: functional_call(skeleton, state, ()))
+
+    def stacked(factors: Factors) -> Tensor:
+        state = {f"adapter.{name}": factor for name, factor in factors.items()}
+        return cast(Tensor, compose({**state, **buffers}))
+
+    return stacked
 
 
-def squared_distance(adapters: Sequence[Adapter], targets: Tensor) -> Distance:
-    """The squared distance of each adapter's change to its target, differentiable.
+def squared_distance(
+    adapters: Sequence[Adapter], targets: Tensor, weights: Tensor | None = None
+) -> Distance:
+    """Returns the differentiable squared distance of each adapter's update to its target.
 
     Args:
         adapters: of one class, shape and set of options.
         targets: ``(adapters, out_features, in_features)``.
+        weights: base weights of that shape, for methods that need them.
     """
     for cls, make in _EXPANDED.items():
         if type(adapters[0]).delta is cls.delta and (distance := make(adapters, targets)):
             return distance
-    return composed_distance(adapters, targets)
+    return composed_distance(adapters, targets, weights)
 
 
-def composed_distance(adapters: Sequence[Adapter], targets: Tensor) -> Distance:
-    """The distance by way of ``delta()``, for every method."""
-    space = torch.empty_like(targets)
-    return lambda factors: _apply(_Composed, stacked_deltas(adapters, factors), targets, space)
+def composed_distance(
+    adapters: Sequence[Adapter], targets: Tensor, weights: Tensor | None = None
+) -> Distance:
+    """Returns the squared distance by way of ``delta()``, for every method."""
+    deltas, buffer = stacked_deltas(adapters, weights), torch.empty_like(targets)
+    return lambda factors: _apply(_Composed, deltas(factors), targets, buffer)
 
 
 class _Composed(torch.autograd.Function):
-    """``|matrix - target|^2`` in as few passes over memory as there can be."""
+    """``|matrix - target|^2``, with as few passes over memory as possible."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, target: Tensor, difference: Tensor) -> Tensor:
@@ -97,10 +171,6 @@ class _Composed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (difference,) = ctx.saved_tensors
         return difference.mul_(2 * grad[:, None, None]), None, None
-
-
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    return cast(Tensor, function.apply(*arguments))
 
 
 class _LowRank(torch.autograd.Function):
@@ -143,6 +213,10 @@ class _FrozenBasis(torch.autograd.Function):
         return residual.mul_(2 * grad[:, None, None]), None, None, None
 
 
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    return cast(Tensor, function.apply(*arguments))
+
+
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     return cast(Tensor, torch.linalg.vecdot(a.flatten(1), b.flatten(1)))
 
@@ -162,9 +236,8 @@ def _krona(adapters: Sequence[KronA], targets: Tensor) -> Distance:
     grid = targets.view(-1, a1, b1, a2, b2).transpose(2, 3).reshape(-1, a1 * a2, b1 * b2)
 
     def distance(f: Factors) -> Tensor:
-        return _apply(
-            _LowRank, scale * f["krona_A"].flatten(2).mT, f["krona_B"].flatten(2), grid, energy
-        )
+        left, right = scale * f["krona_A"].flatten(2).mT, f["krona_B"].flatten(2)
+        return _apply(_LowRank, left, right, grid, energy)
 
     return distance
 
@@ -179,8 +252,8 @@ def _kradapter(adapters: Sequence[KRAdapter], targets: Tensor) -> Distance | Non
     rows = targets if adapter.out_features <= adapter.in_features else targets.mT
     short, long = rows.shape[1:]
     free = k1 * k2 - long
-    # Entries beyond the long side are cut off, so they count for nothing: their squares, which
-    # the zeros that they meet here would charge, are taken off again.
+    # Entries beyond the long side are cut off, so they must not count: their squares, which
+    # differ from the zeros of the padding, are subtracted again.
     grid = nn.functional.pad(rows, (0, free)).contiguous().view(-1, short, k2, k1)
     energy = grid.square().sum((-2, -1))
 
@@ -196,92 +269,20 @@ def _kradapter(adapters: Sequence[KRAdapter], targets: Tensor) -> Distance | Non
     return distance
 
 
-class _RandomBases(torch.autograd.Function):
-    """RandLoRA's distance from its Gram matrix, with few passes over what is as large as a weight.
-
-    ``core[n, r] = weights[n, r] * shared[r] * gamma[n]`` are the coordinates in the frozen bases.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weights: Tensor,
-        gamma: Tensor,
-        shared: Tensor,
-        gram: Tensor,
-        linear: Tensor,
-        energy: Tensor,
-        core: Tensor,
-        residual: Tensor,
-    ) -> Tensor:
-        torch.mul(weights.unsqueeze(-1), shared.unsqueeze(1), out=core.view(*weights.shape, -1))
-        core.view(*weights.shape, -1).mul_(gamma.unsqueeze(2))
-        torch.bmm(gram, core, out=residual).sub_(linear)
-        ctx.save_for_backward(weights, gamma, shared, residual)
-        return _inner(core, residual) - _inner(core, linear) + energy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, gamma, shared, residual = ctx.saved_tensors
-        pulled = residual.view(*weights.shape, -1).mul_(shared.unsqueeze(1))
-        scale = 2 * grad[:, None, None]
-        grad_weights = scale * (pulled @ gamma.unsqueeze(-1)).squeeze(-1)
-        grad_gamma = scale * (weights.unsqueeze(2) @ pulled).squeeze(2)
-        return grad_weights, grad_gamma, None, None, None, None, None, None
-
-
 def _randlora(adapters: Sequence[RandLoRA], targets: Tensor) -> Distance:
     adapter = adapters[0]
     if adapter.out_features <= adapter.in_features:
         targets = targets.mT
     basis = torch.stack([a.B.flatten(1) for a in adapters])
-    shared = torch.stack([a.A for a in adapters])
+    shared = torch.stack([a.A for a in adapters]).unsqueeze(1)
     gram, linear, energy = basis.mT @ basis, basis.mT @ targets, _energy(targets)
-    spaces = torch.empty_like(linear), torch.empty_like(linear)
 
     def distance(f: Factors) -> Tensor:
         weights = adapter.scaling * f["randlora_lambda"]
-        fixed = shared, gram, linear, energy
-        return _apply(_RandomBases, weights, f["randlora_gamma"], *fixed, *spaces)
+        core = weights.unsqueeze(-1) * shared * f["randlora_gamma"].unsqueeze(2)
+        return _apply(_FrozenBasis, core.flatten(1, 2), gram, linear, energy)
 
     return distance
-
-
-class _Sine(torch.autograd.Function):
-    """``|sin(left @ right) / gain - target|^2``, the large matrices overwritten where they can."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        left: Tensor,
-        right: Tensor,
-        target: Tensor,
-        gain: float,
-        phase: Tensor,
-        difference: Tensor,
-    ) -> Tensor:
-        torch.bmm(left, right, out=phase)
-        torch.sin(phase, out=difference).div_(gain).sub_(target)
-        ctx.save_for_backward(left, right, phase, difference)
-        ctx.gain = gain
-        return _inner(difference, difference)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        left, right, phase, difference = ctx.saved_tensors
-        grad_phase = phase.cos_().mul_(difference)
-        scale = 2 / ctx.gain * grad[:, None, None]
-        grad_left = scale * (right @ grad_phase.mT).mT
-        return grad_left, scale * (left.mT @ grad_phase), None, None, None, None
-
-
-def _sinlora(adapters: Sequence[SinLoRA], targets: Tensor) -> Distance:
-    frequency, gain = adapters[0].frequency, adapters[0].gain
-    gain = math.sqrt(adapters[0].in_features) if gain is None else gain
-    spaces = torch.empty_like(targets), torch.empty_like(targets)
-    return lambda f: _apply(_Sine, frequency * f["lora_B"], f["lora_A"], targets, gain, *spaces)
 
 
 def _vera(adapters: Sequence[VeRA], targets: Tensor) -> Distance:
@@ -298,7 +299,6 @@ def _vera(adapters: Sequence[VeRA], targets: Tensor) -> Distance:
 
 _EXPANDED: dict[type[Adapter], Callable[..., Distance | None]] = {
     LoRA: _lora,
-    SinLoRA: _sinlora,
     KronA: _krona,
     KRAdapter: _kradapter,
     RandLoRA: _randlora,

@@ -15,22 +15,23 @@ from torch import Tensor
 from vlkr.errors import VlkrError
 from vlkr.functional import project_lora
 
+#: makes a matrix ``(rows, columns)``
 Maker = Callable[[int, int, torch.Generator], Tensor]
 
 
 def gaussian(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Independent standard normal entries."""
+    """Returns independent standard normal entries."""
     return torch.randn(rows, columns, generator=generator)
 
 
 def sparse(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Normal entries of which nine in ten are zero, the others ten times as large."""
+    """Returns normal entries of which 90 % are zero and the others ten times as large."""
     kept = torch.rand(rows, columns, generator=generator) < 0.1
     return 10 * torch.randn(rows, columns, generator=generator) * kept
 
 
 def whitened(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Centred normal data, PCA-whitened: all singular values are nearly equal."""
+    """Returns centered normal data, PCA-whitened: all singular values are nearly equal."""
     if rows < columns:
         return whitened(columns, rows, generator).T
     data = torch.randn(rows, columns, generator=generator)
@@ -41,27 +42,27 @@ def whitened(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 
 def low_rank(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """A normal matrix whose smaller three quarters of singular values are set to zero."""
+    """Returns a normal matrix whose smaller three quarters of singular values are zeroed."""
     normal = torch.randn(rows, columns, generator=generator)
     lora_a, lora_b = project_lora(normal, max(1, min(rows, columns) // 4))
     return lora_b @ lora_a
 
 
 def low_frequency(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Rows of sinusoids with 1 to 100 cycles on 768 samples, in proportion on other widths."""
+    """Returns rows of sinusoids of 1 to 100 cycles on 768 samples, scaled to other widths."""
     return frequencies(rows, columns, generator, 1, 100 * columns / 768)
 
 
 def high_frequency(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Rows of sinusoids in the upper half of what the samples can hold, without aliasing."""
+    """Returns rows of sinusoids in the upper half of the band below the Nyquist frequency."""
     return frequencies(rows, columns, generator, columns / 4, columns / 2)
 
 
 def high_frequency_aliased(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """The published "high frequency": 1,000 to 10,000 cycles on, say, 768 samples.
+    """Returns the published "high frequency": 1,000 to 10,000 cycles on, say, 768 samples.
 
-    All of them lie above the 384 cycles that 768 samples can hold, so they alias to frequencies
-    from the whole band and the matrix is broadband.
+    All of them are above the 384 cycles that 768 samples can represent, so they alias to
+    frequencies from the whole band and the matrix is broadband.
     """
     return frequencies(rows, columns, generator, 1000, 10000)
 
@@ -69,13 +70,13 @@ def high_frequency_aliased(rows: int, columns: int, generator: torch.Generator) 
 def frequencies(
     rows: int, columns: int, generator: torch.Generator, low: float, high: float
 ) -> Tensor:
-    """Each row a sinusoid and none to five others, their frequencies between ``low`` and ``high``.
+    """Returns rows that each sum one to six sinusoids with frequencies in ``[low, high]``.
 
     Args:
-        rows: sums of sinusoids; the first one's frequency rises evenly from row to row.
+        rows: number of sums; the first sinusoid's frequency rises evenly from row to row.
         columns: samples of the unit interval.
-        generator: of the phases, the number of further sinusoids and their frequencies.
-        low: lowest frequency in cycles per row.
+        generator: draws the phases, the number of further sinusoids and their frequencies.
+        low: lowest frequency, in cycles per row.
         high: highest frequency.
     """
     time = torch.arange(columns, dtype=torch.float64) / columns
@@ -91,7 +92,7 @@ def frequencies(
 
 
 def power_law(rows: int, columns: int, generator: torch.Generator, exponent: float) -> Tensor:
-    """Random singular vectors, the ``i``-th singular value ``i ** -exponent``, mean square 1."""
+    """Returns random singular vectors with singular values ``i ** -exponent``, mean square 1."""
     short = min(rows, columns)
     u = torch.linalg.qr(torch.randn(rows, short, generator=generator))[0]
     v = torch.linalg.qr(torch.randn(columns, short, generator=generator))[0]
@@ -101,7 +102,7 @@ def power_law(rows: int, columns: int, generator: torch.Generator, exponent: flo
     return matrix
 
 
-TARGETS: dict[str, Maker] = {
+MATRICES: dict[str, Maker] = {
     "gaussian": gaussian,
     "sparse": sparse,
     "whitened": whitened,
@@ -110,18 +111,18 @@ TARGETS: dict[str, Maker] = {
     "low-frequency": low_frequency,
     "high-frequency-aliased": high_frequency_aliased,
 }
-DEFAULT_TARGETS = ("gaussian", "sparse", "whitened", "low-rank", "high-frequency", "low-frequency")
+DEFAULT_MATRICES = tuple(name for name in MATRICES if not name.endswith("aliased"))
 _POWER_LAW = "power-law"
 
 
-def target_maker(name: str) -> Maker:
-    """The maker of a named target; ``power-law:0.5`` has the exponent 0.5.
+def matrix_maker(name: str) -> Maker:
+    """Returns the function that makes a named matrix; ``power-law:0.5`` has the exponent 0.5.
 
     Raises:
-        VlkrError: for an unknown name or an exponent that is no number of at least 0.
+        VlkrError: for an unknown name, or an exponent that is not a number of at least 0.
     """
-    if name in TARGETS:
-        return TARGETS[name]
+    if name in MATRICES:
+        return MATRICES[name]
     kind, _, value = name.partition(":")
     if kind == _POWER_LAW:
         try:
@@ -129,35 +130,49 @@ def target_maker(name: str) -> Maker:
         except ValueError:
             exponent = -1.0
         if not 0 <= exponent < math.inf:
-            raise VlkrError(f"{value!r} is no exponent of a power law, expected a number >= 0")
+            raise VlkrError(f"{value!r} is not an exponent of a power law, expected a number >= 0")
         return lambda rows, columns, generator: power_law(rows, columns, generator, exponent)
-    known = [*TARGETS, f"{_POWER_LAW}:EXPONENT"]
+    known = [*MATRICES, f"{_POWER_LAW}:EXPONENT"]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
     raise VlkrError(f"unknown target {name!r}; {hint}")
 
 
-def weight_targets(
+def make_matrix(name: str, rows: int, columns: int, seed: int) -> Tensor:
+    """Returns a named matrix ``(rows, columns)``, drawn with a seed."""
+    return matrix_maker(name)(rows, columns, torch.Generator().manual_seed(seed))
+
+
+def unit_scale(name: str, weight: Tensor) -> Tensor:
+    """Scales a weight to a mean square of 1, which the synthetic matrices have.
+
+    Raises:
+        VlkrError: if it is zero or not finite.
+    """
+    scale = weight.square().mean().sqrt()
+    if not (torch.isfinite(scale) and scale > 0):
+        raise VlkrError(f"{name} is zero or not finite; there is nothing to approximate")
+    return weight / scale
+
+
+def load_weights(
     source: str, pretrained: str | None = None, tensor: str | None = None
 ) -> dict[str, Tensor]:
-    """Weights of a model or a safetensors file, as they are.
+    """Returns weights of a model or a safetensors file by name, as fp32 matrices.
 
     Args:
         source: a ``.safetensors`` file, or a model's name as ``--model`` takes it.
         pretrained: open_clip's tag, for a model.
         tensor: the weight's name; by default the last text and visual ``in_proj_weight``.
 
-    Returns:
-        Matrices by name, in fp32.
-
     Raises:
-        VlkrError: if there is no such weight, or it is no matrix.
+        VlkrError: if there is no such weight, or it is not a matrix.
     """
     path = Path(source)
     if path.suffix == ".safetensors":
         state = _read_safetensors(path, tensor)
     else:
-        from vlkr.models.clip import load_clip
+        from vlkr.models.clip import load_clip  # imports open_clip
 
         state = load_clip(source, pretrained).model.state_dict()
     if tensor is None:
@@ -180,14 +195,14 @@ def weight_targets(
 
 
 def _read_safetensors(path: Path, tensor: str | None) -> dict[str, Tensor]:
-    """The tensors that may be wanted; the others are named, and empty."""
+    """Reads the tensors that may be selected; the others are empty."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {
                 name: file.get_tensor(name)
                 if name == tensor or (tensor is None and name.endswith("in_proj_weight"))
                 else torch.empty(0)
-                for name in file.keys()  # noqa: SIM118  (a file is no mapping)
+                for name in file.keys()  # noqa: SIM118  (a file is not a mapping)
             }
     except (OSError, SafetensorError) as error:
         raise VlkrError(f"cannot read {path}: {error}") from error

@@ -1,17 +1,18 @@
 import json
 import math
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
-from helpers import write_clip
-from rich.console import Console
 from safetensors.torch import save_file
 
-from vlkr.approximation.approximate import approximate
-from vlkr.approximation.methods import DEFAULT_METHODS
-from vlkr.approximation.targets import DEFAULT_TARGETS, target_maker
+from vlkr.analysis.benchmark import approximate, approximation_measures, spectrum_numbers
+from vlkr.analysis.matrices import DEFAULT_MATRICES, make_matrix
+from vlkr.analysis.methods import DEFAULT_METHODS
 from vlkr.cli import main
 from vlkr.errors import VlkrError
+from vlkr.functional import decompose
 
 SMALL = {"out_features": 24, "in_features": 16, "iterations": 40, "device": "cpu"}
 CLOSED = {"lora", "kradapter", "kradapter:balanced", "krona"}
@@ -35,7 +36,7 @@ def table():
 def test_the_default_table_is_whole_and_finite(table):
     found = table.to_json()
     pairs = [(row["target"], row["method"]) for row in found["rows"]]
-    assert pairs == [(t, m) for t in DEFAULT_TARGETS for m in DEFAULT_METHODS]
+    assert pairs == [(t, m) for t in DEFAULT_MATRICES for m in DEFAULT_METHODS]
     assert all(math.isfinite(n) for n in numbers(found))
     assert all(len(row["trained"]) == 2 for row in found["rows"])
     assert all(bool(row["optima"]) == (row["method"] in CLOSED) for row in found["rows"])
@@ -51,12 +52,15 @@ def test_closed_forms_never_exceed_trained_errors(table):
 def test_the_same_seeds_give_the_same_table(table):
     again = approximate(["sparse"], ["randlora", "kradapter"], **SMALL, seeds=2)
     for row in again.rows:
-        assert row.trained == table.row("sparse", row.method).trained
+        for seed, measures in zip(
+            table.row("sparse", row.method).trained, row.trained, strict=True
+        ):
+            assert measures == pytest.approx(seed, rel=1e-3, abs=1e-3)
 
 
 def test_figures_are_those_of_the_approximation(table):
     row = table.row("gaussian", "lora")
-    target = target_maker("gaussian")(24, 16, torch.Generator().manual_seed(1))
+    target = make_matrix("gaussian", 24, 16, seed=1)
     sigma = torch.linalg.svdvals(target)
     rank = row.options["rank"]
     best = (sigma[rank:].square().sum() / sigma.square().sum()).sqrt().item()
@@ -76,7 +80,11 @@ def test_without_iterations_there_are_closed_forms_alone(tmp_path):
     assert {row.method for row in found.rows if row.optima} == CLOSED
     assert not (tmp_path / "out" / "spectra.png").exists()
     assert (tmp_path / "out" / "errors.png").read_bytes().startswith(b"\x89PNG")
-    found.show(Console(quiet=True))
+    assert [table.title for table in found.tables()] == [
+        "Relative Frobenius error of the optimum in closed form",
+        "Effective rank",
+        "Approximation of matrices",
+    ]
 
 
 def test_more_terms_mean_more_budget_for_all_and_less_error():
@@ -101,8 +109,8 @@ def test_authors_protocol_has_its_own_methods_and_targets():
         approximate(methods=["lora"], protocol="authors")
 
 
-def test_weights_are_scaled_and_alone(tmp_path):
-    clip = write_clip(tmp_path / "clip")
+def test_weights_are_scaled_and_alone(tmp_path, small):
+    clip = small
     found = approximate(weights=clip, methods=["lora"], iterations=3, seeds=1, device="cpu")
     assert [name.rpartition(".")[2] for name in found.targets] == ["in_proj_weight"] * 2
     for (measures,), row in zip(found.targets.values(), found.rows, strict=True):
@@ -131,6 +139,14 @@ def test_weights_are_scaled_and_alone(tmp_path):
 def test_wrong_options_are_named(options, message):
     with pytest.raises(VlkrError, match=message):
         approximate(**(SMALL | options))
+
+
+def test_dora_approximates_from_a_random_base_weight():
+    (row,) = approximate(["low-rank"], ["dora"], **(SMALL | {"iterations": 200}), seeds=2).rows
+    assert row.parameters == row.options["rank"] * (24 + 16) + 24
+    assert row.optima == []
+    # Low-rank updates and new row norms do not make this target, but more than nothing.
+    assert all(0.2 < error < 0.95 for error in row.values("relative_frobenius"))
 
 
 def test_divergence_is_named():
@@ -162,3 +178,70 @@ def test_json_on_stdout(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["budgets"] == {"gaussian": 8 * (3 + 4)}
     assert {"mean", "deviation", "budget_ratio"} <= set(found["rows"][0])
+
+
+K = 4
+
+
+def numpy_measures(found, target):
+    """Each measure from numpy's own SVD."""
+    found, target = found.double().numpy(), target.double().numpy()
+    u, s, vh = np.linalg.svd(found, full_matrices=False)
+    tu, ts, tvh = np.linalg.svd(target, full_matrices=False)
+    rank = min(K, int((s > 1e-7 * s[0]).sum())) if s[0] > 0 else 0
+    # Missing directions have a cosine of 0.
+    cosines = [
+        (np.cos(scipy.linalg.subspace_angles(a[:, :rank], b[:, :K])) ** 2).sum() / K
+        if rank
+        else 0.0
+        for a, b in ((u, tu), (vh.T, tvh.T))
+    ]
+    return {
+        "sigma_difference": np.abs(s - ts).mean(),
+        "frobenius": np.linalg.norm(found - target),
+        "relative_frobenius": np.linalg.norm(found - target) / np.linalg.norm(target),
+        "spectral_error": np.linalg.norm(found - target, 2) / np.linalg.norm(target, 2),
+        "subspace_error": 1 - np.mean(cosines),
+    }
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (12, 12)])
+@pytest.mark.parametrize("kind", ["near", "far", "rank 2", "zero"])
+def test_measures_are_numpys(kind, shape):
+    target = torch.randn(shape)
+    found = {
+        "near": target + 0.1 * torch.randn(shape),
+        "far": torch.randn(shape),
+        "rank 2": torch.randn(shape[0], 2) @ torch.randn(2, shape[1]),
+        "zero": torch.zeros(shape),
+    }[kind]
+    measures = approximation_measures(found, target, decompose(found, K), decompose(target, K))
+    for name, expected in numpy_measures(found, target).items():
+        assert measures[name] == pytest.approx(expected, rel=1e-3, abs=1e-5), name
+    nuclear = np.linalg.norm(found.numpy(), "nuc")
+    assert measures["nuclear_norm"] == pytest.approx(nuclear, rel=1e-4)
+    assert all(np.isfinite(list(measures.values())))
+
+
+def test_a_perfect_approximation_has_no_error():
+    target = torch.randn(9, 7)
+    known = decompose(target, K)
+    measures = approximation_measures(target, target, known, known)
+    for name in ("sigma_difference", "frobenius", "spectral_error"):
+        assert measures[name] == 0
+    assert measures["subspace_error"] == pytest.approx(0, abs=1e-5)
+
+
+def test_equal_spectra_with_other_vectors_are_seen_by_all_but_the_sigma_difference():
+    target = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5, 0.1]))
+    found = target.roll(2, 0)
+    measures = approximation_measures(found, target, decompose(found, 2), decompose(target, 2))
+    assert measures["sigma_difference"] == pytest.approx(0, abs=1e-6)
+    assert measures["relative_frobenius"] == pytest.approx(2**0.5)
+    assert measures["subspace_error"] == pytest.approx(0.5)
+
+
+def test_spectrum_numbers_of_an_orthogonal_matrix():
+    measures = spectrum_numbers(decompose(2 * torch.linalg.qr(torch.randn(8, 8))[0], K))
+    assert measures["effective_rank"] == pytest.approx(8, rel=1e-5)
+    assert measures["nuclear_norm"] == pytest.approx(16, rel=1e-5)

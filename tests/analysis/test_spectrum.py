@@ -10,22 +10,23 @@ from helpers import small_run
 from safetensors.numpy import load_file
 
 from vlkr.adapters import add_adapters
-from vlkr.cli import main
-from vlkr.config import AdapterConfig
-from vlkr.errors import VlkrError
-from vlkr.evaluation import spectra as module
-from vlkr.evaluation.interpolation import interpolate
-from vlkr.evaluation.metrics import DatasetResult
-from vlkr.evaluation.report import Evaluation
-from vlkr.evaluation.spectra import (
+from vlkr.analysis import spectrum as module
+from vlkr.analysis.spectrum import (
+    Layer,
+    RunSpectra,
+    accuracy_drop,
     correlations,
     layer_measures,
     model_spectra,
-    shift_loss,
     spearman,
+    spectrum,
 )
-from vlkr.evaluation.spectrum import spectrum
-from vlkr.evaluation.spectrum_report import Layer, Run
+from vlkr.cli import main
+from vlkr.config import AdapterConfig
+from vlkr.errors import VlkrError
+from vlkr.evaluation.interpolation import interpolate
+from vlkr.evaluation.metrics import DatasetResult
+from vlkr.evaluation.report import Evaluation
 from vlkr.models.clip import load_clip
 
 
@@ -166,20 +167,20 @@ def test_spearman_is_scipys(ties):
     assert spearman([1.0, 1.0], [1.0, 2.0]) is None
 
 
-def made_run(value, loss):
+def made_run(value, drop):
     measures = {"effective_rank": value, "ratio": 1.0, "base_effective_rank": 3.0}
     measures["chance_overlap"] = 0.1
     layer = Layer("0", "model", 0, "q", (2, 2), measures, [1.0], [1.0])
-    return Run("x", "lora", [layer], loss)
+    return RunSpectra("x", "lora", [layer], drop)
 
 
-def test_correlations_over_runs_with_a_loss_under_shift():
+def test_correlations_over_runs_with_an_accuracy_drop():
     runs = [made_run(1.0, 0.3), made_run(2.0, 0.2), made_run(3.0, 0.1), made_run(9.0, None)]
     assert correlations(runs) == {"effective_rank": -1.0}
     assert correlations(runs[:2]) == {}
 
 
-def test_shift_loss_is_home_less_the_mean_of_shifts(monkeypatch, run):
+def test_the_accuracy_drop_is_in_distribution_less_the_mean_of_shifts(monkeypatch, run):
     def evaluation(**_):
         names = ("home", "a", "b")
         accuracies = (0.9, 0.5, 0.6)
@@ -191,15 +192,15 @@ def test_shift_loss_is_home_less_the_mean_of_shifts(monkeypatch, run):
         )
 
     monkeypatch.setattr(module, "evaluate", evaluation)
-    assert shift_loss(run) == pytest.approx(0.35)
+    assert accuracy_drop(run) == pytest.approx(0.35)
     found = spectrum([run, run, run], device="cpu")
-    assert [r.shift_loss for r in found.runs] == pytest.approx([0.35] * 3)
+    assert [r.accuracy_drop for r in found.runs] == pytest.approx([0.35] * 3)
     assert found.correlations == {}  # all runs are the same
-    assert all(r.shift_loss is None for r in spectrum([run, run, run], shifts=False).runs)
+    assert all(r.accuracy_drop is None for r in spectrum([run, run, run], shifts=False).runs)
 
 
-def test_a_dataset_without_shifts_has_no_loss(run):
-    assert shift_loss(run, "cpu") is None
+def test_a_dataset_without_shifts_has_no_drop(run):
+    assert accuracy_drop(run, "cpu") is None
 
 
 def test_wrong_runs_are_named(run, tmp_path, small, colors):
