@@ -1,8 +1,55 @@
+import os
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Every test is too small to gain from threads, and one thread makes results repeatable.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--noise", action="store_true", help="rounding noise of a few eps in every matrix product"
+    )
+    parser.addoption("--no-mkldnn", action="store_true", help="compute without oneDNN")
+
+
+class NoisyProducts(TorchDispatchMode):
+    """Multiplies matrix products by ``1 + 4 eps z``, z standard normal: another CPU's rounding."""
+
+    PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot")
+
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        product = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name not in self.PRODUCTS or not product.is_floating_point():
+            return product
+        self.generator.manual_seed(0)  # equal products get equal noise, as on any one CPU
+        noise = torch.randn(product.shape, generator=self.generator, dtype=torch.float64)
+        factor = 1 + 4 * torch.finfo(product.dtype).eps * noise
+        product.copy_((product.double() * factor).to(product.dtype))
+        return product
+
+
+@pytest.fixture(autouse=True)
+def _rounding(request):
+    """Rounds as other CPUs would, where ``--noise`` or ``--no-mkldnn`` ask for it."""
+    mkldnn = torch.backends.mkldnn.enabled
+    if request.config.getoption("--no-mkldnn"):
+        torch.backends.mkldnn.set_flags(False)
+    try:
+        if request.config.getoption("--noise"):
+            with NoisyProducts():
+                yield
+        else:
+            yield
+    finally:
+        torch.backends.mkldnn.set_flags(mkldnn)
 
 
 @pytest.fixture(autouse=True)

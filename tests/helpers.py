@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import open_clip
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from webdataset.tariterators import base_plus_ext
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "real"
@@ -35,6 +37,22 @@ _PREPROCESS = {
     "interpolation": "bicubic",
     "resize_mode": "squash",
 }
+
+
+def tolerance(like: torch.Tensor, terms: int = 1, condition: float = 1.0) -> float:
+    """The largest difference that rounding makes between two ways of computing ``like``.
+
+    Every product and sum is off by an eps of the dtype, a sum of ``terms`` by so many at worst, and
+    what follows multiplies that by ``condition``. A factor of 32 leaves room for other kernels and
+    for injected noise.
+
+    Args:
+        like: one of the results; its largest magnitude counts.
+        terms: length of the longest sum.
+        condition: by how much errors of the operands grow.
+    """
+    largest = float(like.detach().abs().max()) or 1.0
+    return 32 * torch.finfo(like.dtype).eps * terms * condition * largest
 
 
 def write_clip(folder: Path, seed: int = 0) -> str:
@@ -81,6 +99,16 @@ def write_tar(path: Path, samples: Iterable[tuple[str, bytes, object]]) -> None:
                 archive.addfile(entry, io.BytesIO(content))
 
 
+def records_of_tar(path: Path) -> list[tuple[str, dict[str, bytes]]]:
+    """Key and fields of webdataset's records, by the standard library and webdataset alone."""
+    with tarfile.open(path, "r:") as archive:
+        files = [(m.name, archive.extractfile(m).read()) for m in archive if m.isreg()]
+    named = [(*base_plus_ext(name), content) for name, content in files]
+    kept = [entry for entry in named if entry[0] is not None and not entry[0].startswith("__")]
+    groups = groupby(kept, key=lambda entry: entry[0])
+    return [(key, {e.lower(): content for _, e, content in group}) for key, group in groups]
+
+
 def write_shards(
     root: Path,
     per_class: int = 8,
@@ -114,14 +142,14 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 def small_run(output: Path, model: str, root: Path, **changes: object) -> None:
     """Adapts ``model`` to the images below ``root`` in a second, with few steps and shots."""
-    from vlkr.datasets import DataOptions
-    from vlkr.training.adapt import adapt
-    from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
+    from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
+    from vlkr.datasets import DataConfig
+    from vlkr.training.recipe import adapt
 
     options = {
-        "adapter": AdapterOptions(),
-        "data": DataOptions(root=root, shots=4, batch_size=8, min_steps_per_epoch=3),
-        "optimizer": OptimizerOptions(lr=1e-2),
-        "trainer": TrainerOptions(epochs=2, accelerator="cpu", progress=False),
+        "adapter": AdapterConfig(),
+        "data": DataConfig(root=root, shots=4, batch_size=8, min_steps_per_epoch=3),
+        "optimizer": OptimizerConfig(lr=1e-2),
+        "trainer": TrainerConfig(epochs=2, accelerator="cpu", progress=False),
     }
     return adapt(output, model, **(options | changes))

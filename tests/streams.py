@@ -10,8 +10,8 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image
 
-from vlkr.datasets import Sample
-from vlkr.errors import SampleError, VlkrError
+from vlkr.datasets import BadSample, Sample
+from vlkr.errors import VlkrError
 
 
 @cache
@@ -29,30 +29,18 @@ def tiny_samples(count: int, pad: int = 0) -> list[Sample]:
     return [Sample(f"k{i}", tiny_image(i, pad), i % 2) for i in range(count)]
 
 
-class Failing:
-    """An iterator that raises in place of errors among its values, and goes on behind them."""
-
-    def __init__(self, values):
-        self.values = iter(values)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        value = next(self.values)
-        if isinstance(value, Exception):
-            raise value
-        return value
-
-
 @dataclass
 class Listed:
-    """A source of given samples, or errors in their place, by shard."""
+    """A source of given samples by shard; an error among them is raised in its place."""
 
-    parts: list[list[Sample | SampleError | VlkrError]]
+    parts: list[list[Sample | BadSample | VlkrError]]
 
     def __iter__(self):
-        return Failing(sample for part in self.parts for sample in part)
+        for part in self.parts:
+            for sample in part:
+                if isinstance(sample, VlkrError):
+                    raise sample
+                yield sample
 
     def shards(self):
         return [Listed([part]) for part in self.parts]

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
+from helpers import tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -220,8 +221,13 @@ def test_project_kradapter_with_truncated_columns_beats_zero_filling(shape, num_
     for refine in (0, 5, 50):
         u, v = project_kradapter(matrix, k1, num_terms=num_terms, refine=refine)
         errors.append(norm(khatri_rao_sum(u, v, shape) - matrix))
-    assert errors[0] <= zero_filled
-    assert errors == sorted(errors, reverse=True)
+    # A closed form and alternating least squares, each exact to rounding.
+    slack = tolerance(matrix, terms=short * long)
+    assert errors[0] <= zero_filled + slack
+    assert errors[1] <= errors[0] + slack
+    assert errors[2] <= errors[1] + slack
+    if num_terms == 1 and short > 1:  # with something to gain, refining gains more than rounding
+        assert errors[2] < errors[0] - slack
 
 
 @pytest.mark.parametrize("shape", [(8, 12), (12, 8), (5, 11)])

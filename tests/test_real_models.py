@@ -37,7 +37,7 @@ def test_vit_b_32_from_a_path_of_weights(large_folder, capsys):
         capsys,
         *("adapt", "--model", "ViT-B-32", "--pretrained", weights, "--data.root", images),
         *("--data.shots", 1, "--data.batch-size", 2, "--data.min-steps-per-epoch", 2),
-        *("--trainer.epochs", 1, "--trainer.progress", "false", "--output", run),
+        *("--trainer.epochs", 1, "--trainer.progress=false", "--output", run),
     )
     measured = results(capsys, "evaluate", "--run", run)
     assert measured["results"] == adapted["results"]
@@ -67,7 +67,7 @@ def test_pacs_photos_with_a_pretrained_tower(real, tmp_path, capsys):
         capsys,
         *("adapt", "--model", real / "clip_deit_tiny", "--data.root", photos, "--data.shots", 4),
         *("--data.test-fraction", 0.25, "--data.batch-size", 14, "--optimizer.lr", 0.003),
-        *("--data.min-steps-per-epoch", 6, "--trainer.epochs", 2, "--trainer.progress", "false"),
+        *("--data.min-steps-per-epoch", 6, "--trainer.epochs", 2, "--trainer.progress=false"),
         *("--adapter.towers", "visual", "--adapter.blocks", -1, "--output", run),
     )
     after = results(capsys, "evaluate", "--run", run, "--datasets", photos, sketches)

@@ -57,7 +57,7 @@ def test_holds_the_package_its_data_and_nothing_else(wheel):
     top = {name.split("/")[0] for name in names}
     assert top == {"vlkr", f"vlkr-{__version__}.dist-info"}
     for name in (
-        "cli.py",
+        "cli/__init__.py",
         "configs/fewshot/digits.yaml",
         "data/digits.yaml",
         "data/digits/train/0.tar",

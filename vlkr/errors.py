@@ -12,24 +12,6 @@ class VlkrError(ValueError):
         super().__init__(printable(message))
 
 
-class SampleError(VlkrError):
-    """One sample of a dataset that cannot be used; the samples after it still can.
-
-    Attributes:
-        reason: what is wrong, as a predicate: ``"has no label"``.
-        key: of the sample.
-        shard: the tar that holds it, None for a file of its own.
-    """
-
-    def __init__(self, reason: str, *, key: str | None = None, shard: str | None = None) -> None:
-        names = (shard, None if key is None else f"sample {key!r}")
-        where = ", ".join(name for name in names if name)
-        super().__init__(f"{where} {reason}" if where else reason)
-        self.reason = reason
-        self.key = key
-        self.shard = shard
-
-
 def printable(text: str) -> str:
     r"""Text on one line, without control characters.
 

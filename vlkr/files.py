@@ -1,7 +1,8 @@
-"""Files that are never half-written, and the resources that travel in the package."""
+"""Files that are never half-written, their hashes, nested options, and bundled resources."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -270,3 +271,41 @@ def _count_nodes(node: yaml.Node, counted: dict[int, int]) -> int:
     if counted[id(node)] >= _MAX_NODES:
         raise ValueError(f"its aliases make more than {_MAX_NODES:,} values")
     return counted[id(node)]
+
+
+def sha256_of(path: Path) -> str:
+    """Returns the SHA-256 of a file, as ``sha256sum`` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_sha256(value: Any) -> str:
+    """Returns the SHA-256 of a value's JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def flattened(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested options by their dotted names.
+
+    >>> flattened({"adapter": {"name": "lora", "options": {"rank": 8}}, "seed": 1})
+    {'adapter.name': 'lora', 'adapter.options.rank': 8, 'seed': 1}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        name = f"{prefix}{key}"
+        flat |= flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Describes what has changed, by dotted name.
+
+    >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
+    {'a.c': 'a.c is 3 now and was 2'}
+    """
+    old, new = flattened(before), flattened(now)
+    return {
+        key: f"{key} is {new.get(key)} now and was {old.get(key)}"
+        for key in dict.fromkeys([*new, *old])
+        if old.get(key) != new.get(key)
+    }

@@ -15,10 +15,9 @@ import torch
 from timing import write_report
 from torch import Tensor, nn
 
-from vlkr.approximation.approximate import approximate
-from vlkr.approximation.authors import AUTHORS_METHODS, authors_method, authors_target
-from vlkr.approximation.methods import DEFAULT_METHODS
-from vlkr.approximation.targets import DEFAULT_TARGETS, target_maker
+from vlkr.analysis.benchmark import approximate
+from vlkr.analysis.matrices import DEFAULT_MATRICES, make_matrix
+from vlkr.analysis.methods import AUTHORS_METHODS, DEFAULT_METHODS, authors_method, authors_rounded
 
 SAME = ["lora", "sinlora", "kradapter:balanced", "randlora", "krona"]
 
@@ -77,7 +76,7 @@ def _published_composition(name: str, adapter: nn.Module) -> Callable[[], Tensor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--targets", nargs="+", default=list(DEFAULT_TARGETS))
+    parser.add_argument("--targets", nargs="+", default=list(DEFAULT_MATRICES))
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3, help="of ours; the loop runs one")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/approximation"))
@@ -87,7 +86,7 @@ def main() -> None:
     wall, processor = (dict.fromkeys(lists, 0.0) for _ in range(2))
     published_loop(torch.randn(144, 110), 2)
     for target in options.targets:
-        matrix = authors_target(target_maker(target)(1024, 768, torch.Generator().manual_seed(1)))
+        matrix = authors_rounded(make_matrix(target, 1024, 768, seed=1))
         for name, methods in lists.items():
             seeds = 1 if methods is None else options.seeds
             started, used = time.perf_counter(), time.process_time()

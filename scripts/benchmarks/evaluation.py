@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 from vlkr.datasets import Dataset, load_dataset
-from vlkr.evaluation import zero_shot
-from vlkr.evaluation.zero_shot import evaluate_bundle
+from vlkr.datasets.prompts import resolve_templates
+from vlkr.evaluation import evaluate
+from vlkr.evaluation.evaluate import evaluate_model
 from vlkr.models.clip import ClipBundle, image_size, load_clip
-from vlkr.models.templates import resolve_templates
 
 PARTS = {"whole": "", "images alone": " images"}
 
@@ -87,24 +87,24 @@ def candidates(
     """The whole evaluation and its images alone, ours and the plain loop; each gives accuracies."""
     ready = plain_classifier(bundle, dataset, device)
     ours_ready = ready.T.contiguous()
-    own_embeddings = zero_shot.dataset_embeddings
+    own_embeddings = evaluate.dataset_embeddings
 
     def ours() -> tuple[float, float]:
-        metrics = evaluate_bundle(
+        metrics = evaluate_model(
             bundle,
             [dataset],
             batch_size=options.batch,
             num_workers=options.workers,
             device=device,
-        ).home.metrics
+        ).in_distribution.metrics
         return metrics["acc1"], metrics["acc5"]
 
     def our_images() -> tuple[float, float]:
-        zero_shot.dataset_embeddings = lambda *args, **kwargs: ours_ready
+        evaluate.dataset_embeddings = lambda *args, **kwargs: ours_ready
         try:
             return ours()
         finally:
-            zero_shot.dataset_embeddings = own_embeddings
+            evaluate.dataset_embeddings = own_embeddings
 
     def plain() -> tuple[float, float]:
         classifier = plain_classifier(bundle, dataset, device)

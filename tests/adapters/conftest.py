@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vlkr.adapters import ADAPTERS, adapter_parameters, add_adapters
-from vlkr.adapters.inject import placed_adapters
+from vlkr.adapters.inject import injected_adapters
 
 OPTIONS = {
     "lora": {"rank": 3, "alpha": 5.0},
@@ -197,7 +197,7 @@ def dense_weights():
 
     def dense(model, base):
         weights = {}
-        for placed in placed_adapters(model):
+        for placed in injected_adapters(model):
             name = f"{placed.module}.{placed.slot.parameter}".lstrip(".")
             weight = base.get_parameter(name)
             rows = slice(*(placed.slot.rows or (None,)))

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import vlkr
-from vlkr.adapters import ADAPTERS, ComposedOnce
+from vlkr.adapters import ADAPTERS, ComposedWeightCache
 
 
 @pytest.mark.parametrize("method", sorted(ADAPTERS))
@@ -25,11 +25,11 @@ def test_gradients_are_those_of_composing_for_each_batch(method):
         return grads
 
     expected = accumulate()
-    once = ComposedOnce(model)
+    once = ComposedWeightCache(model)
     once.begin()
     calls = []
     for module in model.modules():
-        if isinstance(module, vlkr.adapters.Adapter) and not module.factored:
+        if isinstance(module, vlkr.adapters.Adapter) and not module.has_low_rank_forward:
             delta = module.delta
             module.delta = lambda w=None, delta=delta: calls.append(1) or delta(w)
     for x in batches:
@@ -38,4 +38,4 @@ def test_gradients_are_those_of_composing_for_each_batch(method):
     once.finish()
     grads = [p.grad for p in vlkr.adapter_parameters(model)]
     torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-5)
-    assert not any(host.composed_once for _, host in vlkr.adapters.inject.hosts(model))
+    assert not any(host.composed_weights for _, host in vlkr.adapters.inject.adapter_layers(model))

@@ -11,13 +11,13 @@ from torch import nn
 from vlkr.adapters import (
     add_adapters,
     load_adapter,
-    merge_adapters,
+    merge_and_unload,
     merged,
     save_adapter,
     set_adapter_scale,
 )
+from vlkr.adapters.hosts import weights_hash
 from vlkr.errors import VlkrError
-from vlkr.hashing import weights_hash
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -153,7 +153,7 @@ def test_another_base_is_refused_unless_allowed(saved):
 
 def test_merged_model_is_another_base(saved):
     model, _, folder = saved
-    merge_adapters(model)
+    merge_and_unload(model)
     assert_refused(model, folder, "another base")
 
 

@@ -15,13 +15,13 @@ from vlkr.adapters import (
     adapter_state_dict,
     add_adapters,
     load_adapter,
-    merge_adapters,
+    merge_and_unload,
     merged,
     remove_adapters,
     save_adapter,
-    use_adapters,
+    set_adapter,
 )
-from vlkr.adapters.inject import placed_adapters
+from vlkr.adapters.inject import injected_adapters
 
 SHAPES = [(8, 8), (12, 6), (6, 12)]
 
@@ -39,11 +39,11 @@ def test_adapters_sit_on_the_slots_written_by_hand(host, method, adapt_host):
     suffix = "bias" if ADAPTERS[method].adapts_bias else "weight"
     placed = {
         (f"{p.module}.{p.slot.parameter}", *(p.slot.rows or (0, p.adapter.out_features)))
-        for p in placed_adapters(model)
+        for p in injected_adapters(model)
     }
     expected = {(f"{name.removesuffix('weight')}{suffix}", *rows) for name, *rows in host.slots}
     assert placed == expected
-    for p in placed_adapters(model):
+    for p in injected_adapters(model):
         weight = p.slot.select(base.get_parameter(f"{p.module}.{p.slot.parameter}"))
         assert p.adapter.delta(weight).shape == weight.shape
 
@@ -73,7 +73,7 @@ def test_only_the_adapters_receive_gradients(host, adapt_host):
         assert p.dtype == p.grad.dtype == torch.float32
     assert all(
         any(p.grad.abs().max() > 0 for p in placed.adapter.parameters())
-        for placed in placed_adapters(model)
+        for placed in injected_adapters(model)
         if placed.name != "k" or not placed.adapter.adapts_bias  # softmax ignores a bias of k
     )
 
@@ -105,7 +105,7 @@ def test_merged_model_equals_the_adapted_one(host, adapt_host, plain):
     x = host.inputs()
     by_hand = plain(model, base)
     adapted = model(x).detach()
-    merge_adapters(model)
+    merge_and_unload(model)
     assert relative_error(model(x), adapted) < 1e-5
     for name, weight in by_hand.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
@@ -123,7 +123,7 @@ def test_evaluation_without_gradients_equals_the_adapted_forward(host, adapt_hos
         assert relative_error(model(x), adapted) < 1e-5
 
 
-@pytest.mark.parametrize("take_off", [merge_adapters, remove_adapters])
+@pytest.mark.parametrize("take_off", [merge_and_unload, remove_adapters])
 def test_taking_off_gives_back_classes_keys_and_attributes(take_off, host, adapt_host):
     model, base = adapt_host()
     take_off(model)
@@ -217,7 +217,7 @@ def test_evaluation_under_autocast_equals_the_merged_model(host, adapt_host):
     x = host.inputs()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         adapted = model(x).float()
-    merge_adapters(model)
+    merge_and_unload(model)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert distance(adapted, model(x).float()) < 0.02
 
@@ -226,7 +226,7 @@ def test_merging_under_autocast_still_sums_in_fp32(method, adapt, plain):
     model, base, _ = adapt(nn.Sequential(nn.Linear(8, 8)), method, targets=["0"])
     by_hand = plain(model, base)
     with torch.autocast("cpu", torch.bfloat16):
-        merge_adapters(model)
+        merge_and_unload(model)
     for name, weight in by_hand.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
 
@@ -259,7 +259,7 @@ def test_training_never_writes_to_a_bf16_attention(name, adapt, hosts):
 def test_merging_into_bf16_rounds_once(method, adapt, dense_weights):
     model, base, _ = adapt(nn.Sequential(nn.Linear(8, 8)).bfloat16(), method, targets=["0"])
     expected = dense_weights(model, deepcopy(base).float())
-    merge_adapters(model)
+    merge_and_unload(model)
     for name, weight in expected.items():
         merged_weight = model.get_parameter(name)
         assert merged_weight.dtype == torch.bfloat16
@@ -269,10 +269,10 @@ def test_merging_into_bf16_rounds_once(method, adapt, dense_weights):
 def test_merging_two_adapters_into_bf16_rounds_once(adapt, disturb):
     model, base, _ = adapt(nn.Sequential(nn.Linear(64, 64)).bfloat16(), "kradapter", targets=["0"])
     add_adapters(model, "lora", targets=["0"], adapter_name="second")
-    use_adapters(model, "default", "second")
+    set_adapter(model, "default", "second")
     disturb(model)
-    deltas = [placed_adapters(model, name)[0].adapter.delta() for name in ("default", "second")]
-    merge_adapters(model)
+    deltas = [injected_adapters(model, name)[0].adapter.delta() for name in ("default", "second")]
+    merge_and_unload(model)
     assert torch.equal(model[0].weight, (base[0].weight.float() + sum(deltas)).bfloat16())
 
 

@@ -9,15 +9,15 @@ from vlkr.adapters import (
     adapter_state_dict,
     add_adapters,
     load_adapter,
-    merge_adapters,
+    merge_and_unload,
     merged,
     remove_adapters,
     save_adapter,
+    set_adapter,
     set_adapter_scale,
-    use_adapters,
 )
+from vlkr.adapters.hosts import weights_hash
 from vlkr.errors import VlkrError
-from vlkr.hashing import weights_hash
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_scale_multiplies_every_change(scale, host, adapt_host, dense_weights):
     torch.testing.assert_close(model(x), by_hand(x), rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(model(x), by_hand(x), rtol=1e-4, atol=1e-5)
-    merge_adapters(model)
+    merge_and_unload(model)
     for name in dense:
         torch.testing.assert_close(model.get_parameter(name), by_hand.get_parameter(name))
 
@@ -87,7 +87,7 @@ def test_scale_reaches_the_gradient(two_linears):
 def test_scale_belongs_to_its_adapter(two_linears, disturb):
     model, base, _ = two_linears()
     add_adapters(model, "lora", targets=["0"], adapter_name="other")
-    use_adapters(model, "default", "other")
+    set_adapter(model, "default", "other")
     disturb(model)
     x = torch.randn(5, 12)
     set_adapter_scale(model, 0, adapter_name="default")
@@ -151,7 +151,7 @@ def test_merged_with_a_scale_of_one_half(two_linears):
 
 def test_taking_off_what_is_not_there_is_refused():
     model = nn.Sequential(nn.Linear(4, 4))
-    for take_off in (merge_adapters, remove_adapters, adapter_state_dict):
+    for take_off in (merge_and_unload, remove_adapters, adapter_state_dict):
         with pytest.raises(VlkrError, match="no adapters"):
             take_off(model)
 
@@ -222,8 +222,8 @@ def test_the_last_added_adapter_is_alone_at_work(two_adapters):
 
 def test_merging_takes_only_the_adapters_at_work(two_adapters):
     model, _, alone = two_adapters
-    use_adapters(model, "default")
-    merge_adapters(model)
+    set_adapter(model, "default")
+    merge_and_unload(model)
     x = torch.randn(5, 12)
     torch.testing.assert_close(model(x), alone["default"](x))
     assert list(model.state_dict()) == list(alone["default"].state_dict())
@@ -231,7 +231,7 @@ def test_merging_takes_only_the_adapters_at_work(two_adapters):
 
 def test_removing_one_adapter_leaves_the_other(two_adapters, tmp_path):
     model, base, alone = two_adapters
-    use_adapters(model, "default", "other")
+    set_adapter(model, "default", "other")
     remove_adapters(model, "default")
     x = torch.randn(5, 12)
     torch.testing.assert_close(model(x), alone["other"](x))
@@ -278,5 +278,5 @@ def test_loaded_dropout_is_off_in_a_model_that_evaluates(adapt, tmp_path):
 def test_base_hash_does_not_see_adapters(two_linears, method):
     model, base, _ = two_linears(method)
     assert weights_hash(model) == weights_hash(base)
-    merge_adapters(model)
+    merge_and_unload(model)
     assert weights_hash(model) != weights_hash(base)

@@ -17,7 +17,7 @@ from transformers import (
     SiglipModel,
 )
 
-from vlkr.adapters import adapter_parameters, add_adapters, merge_adapters
+from vlkr.adapters import adapter_parameters, add_adapters, merge_and_unload
 
 SMALL = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -163,7 +163,7 @@ def test_vit_b_32_with_merged_weights_is_a_plain_open_clip_model():
         for p in adapter_parameters(model):
             p.add_(0.02 * torch.randn_like(p))
     adapted = features(model)
-    merge_adapters(model)
+    merge_and_unload(model)
     other = open_clip.create_model("ViT-B-32").eval()
     assert model.state_dict().keys() == other.state_dict().keys()
     other.load_state_dict(model.state_dict())

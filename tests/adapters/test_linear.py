@@ -7,11 +7,11 @@ from torch.func import functional_call
 from vlkr.adapters import (
     adapter_parameters,
     add_adapters,
-    merge_adapters,
+    merge_and_unload,
     merged,
-    use_adapters,
+    set_adapter,
 )
-from vlkr.adapters.inject import placed_adapters
+from vlkr.adapters.inject import injected_adapters
 from vlkr.errors import VlkrError
 
 
@@ -132,7 +132,7 @@ def test_functional_call_with_other_factors_gets_their_gradients(method, linear)
 def test_two_adapters_on_one_weight_add_up(adapt, disturb, dense_weights):
     model, base, _ = adapt(nn.Sequential(nn.Linear(12, 8)), "kradapter", targets=["0"])
     add_adapters(model, "lora", targets=["0"], adapter_name="second", rank=2)
-    use_adapters(model, "default", "second")
+    set_adapter(model, "default", "second")
     disturb(model)
     first = model[0].adapters["default"]["weight"].delta()
     second = model[0].adapters["second"]["weight"].delta()
@@ -146,20 +146,20 @@ def test_two_adapters_on_one_weight_add_up(adapt, disturb, dense_weights):
         rtol=1e-4,
         atol=1e-5,
     )
-    merge_adapters(model)
+    merge_and_unload(model)
     torch.testing.assert_close(model(x), expected)
 
 
 def test_adapters_of_weight_and_bias_share_a_layer(adapt, disturb):
     model, base, _ = adapt(nn.Sequential(nn.Linear(12, 8)), "kradapter", targets=["0"])
     add_adapters(model, "bitfit", targets=["0"], adapter_name="second")
-    use_adapters(model, "default", "second")
+    set_adapter(model, "default", "second")
     disturb(model)
-    change, bias = (placed_adapters(model, n)[0].adapter.delta() for n in ("default", "second"))
+    change, bias = (injected_adapters(model, n)[0].adapter.delta() for n in ("default", "second"))
     x = torch.randn(5, 12)
     expected = F.linear(x, base[0].weight + change, base[0].bias + bias)
     torch.testing.assert_close(model(x), expected)
-    merge_adapters(model)
+    merge_and_unload(model)
     torch.testing.assert_close(model(x), expected)
 
 
@@ -195,7 +195,7 @@ def test_subclasses_of_linear_keep_what_they_add(cls, adapt, plain):
     assert isinstance(model[0], cls)
     if cls is Named:
         assert model[0].describe() == "12 to 8"
-    merge_adapters(model)
+    merge_and_unload(model)
     assert type(model[0]) is cls
 
 
@@ -211,7 +211,7 @@ def test_a_weight_shared_by_two_layers_is_refused_or_merges_right(adapt):
     with merged(model):
         torch.testing.assert_close(model(x), adapted)
     assert torch.equal(model[0].weight, base[0].weight)
-    merge_adapters(model)
+    merge_and_unload(model)
     torch.testing.assert_close(model(x), adapted)
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from vlkr.adapters import ADAPTERS, merge_adapters
-from vlkr.adapters.inject import placed_adapters
+from vlkr.adapters import ADAPTERS, merge_and_unload
+from vlkr.adapters.inject import injected_adapters
 from vlkr.errors import VlkrError
 
 SHAPES = [(8, 8), (12, 6), (6, 12)]
@@ -36,7 +36,7 @@ def test_dora_rescales_the_rows_of_the_low_rank_update(in_features, out_features
 def test_dora_magnitude_starts_at_the_norms_of_the_rows():
     adapter = ADAPTERS["dora"](12, 6, rank=3)
     weight = torch.randn(6, 12)
-    adapter.start(weight)
+    adapter.init_from_weight(weight)
     torch.testing.assert_close(adapter.magnitude.detach(), weight.square().sum(1).sqrt())
 
 
@@ -147,16 +147,16 @@ def test_full_trains_as_a_trainable_linear_does(adapt):
             optimizer.zero_grad()
             one(x).square().mean().backward()
             optimizer.step()
-    merge_adapters(model)
+    merge_and_unload(model)
     torch.testing.assert_close(model[0].weight, base[0].weight, check_stride=False)
 
 
 def test_bitfit_moves_the_bias_alone(adapt):
     model, base, _ = adapt(torch.nn.Sequential(torch.nn.Linear(6, 4)), "bitfit", targets=["0"])
-    change = placed_adapters(model)[0].adapter.delta().detach()
+    change = injected_adapters(model)[0].adapter.delta().detach()
     x = torch.randn(3, 6)
     torch.testing.assert_close(model(x), base(x) + change)
-    merge_adapters(model)
+    merge_and_unload(model)
     assert torch.equal(model[0].weight, base[0].weight)
 
 

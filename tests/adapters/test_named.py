@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import vlkr
-from vlkr.adapters import use_adapters
+from vlkr.adapters import set_adapter
 
 
 @pytest.fixture
@@ -28,13 +28,13 @@ def test_several_adapters_are_switched_without_touching_the_base(model):
         randomise(model)
         outputs[name] = model(x).detach()
     for name in ("a", "c", "b", "a"):
-        use_adapters(model, name)
+        set_adapter(model, name)
         torch.testing.assert_close(model(x), outputs[name])
         own = {id(p) for _, m in model.named_modules() for p in m.parameters(recurse=False)}
         trained = [p for p in model.parameters() if p.requires_grad]
         assert {id(p) for p in trained} == {id(p) for p in vlkr.adapter_parameters(model)}
         assert {id(p) for p in trained} < own
-    use_adapters(model)
+    set_adapter(model)
     torch.testing.assert_close(model(x), base)
     after = model.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in before)
@@ -48,12 +48,12 @@ def test_adapters_at_work_together_add_up(model):
         vlkr.add_adapters(model, "kradapter", targets=["0"], adapter_name=name)
         randomise(model)
         deltas.append(first.adapters[name]["weight"].delta().detach())
-    use_adapters(model, "a", "b")
+    set_adapter(model, "a", "b")
     vlkr.set_adapter_scale(model, 0.5, "b")
     weight = first.weight + deltas[0] + 0.5 * deltas[1]
     expected = model[1](nn.functional.linear(x, weight, first.bias))
     torch.testing.assert_close(model(x), expected)
-    vlkr.merge_adapters(model)
+    vlkr.merge_and_unload(model)
     torch.testing.assert_close(model(x), expected)
 
 
@@ -65,9 +65,9 @@ def test_one_of_several_is_removed(model):
         randomise(model)
     vlkr.remove_adapters(model, "b")
     torch.testing.assert_close(model(x), base)
-    use_adapters(model, "a")
+    set_adapter(model, "a")
     assert not torch.allclose(model(x), base)
     vlkr.remove_adapters(model, "a")
     assert type(model[0]) is nn.Linear
     with pytest.raises(vlkr.VlkrError, match="no adapters named 'a'"):
-        use_adapters(model, "a")
+        set_adapter(model, "a")

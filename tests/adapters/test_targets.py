@@ -8,7 +8,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 from vlkr.adapters import add_adapters, find_targets
-from vlkr.adapters.linear import Slot
+from vlkr.adapters.compose import Slot
 from vlkr.errors import VlkrError
 
 SPLIT = ("q", "k", "v", "out", "fc1", "fc2")

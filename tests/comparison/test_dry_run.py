@@ -2,12 +2,14 @@
 
 import pytest
 import timm
+from grids import compare, dg, transfer
 from helpers import tree
+from rich.console import Console
 from safetensors.torch import save_file
 
-from vlkr.comparison.commands import compare, dg, transfer
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
+from vlkr.reporting.table import show
 
 
 def test_sizes_are_those_that_the_cells_have(options, tmp_path):
@@ -15,23 +17,22 @@ def test_sizes_are_those_that_the_cells_have(options, tmp_path):
     planned = compare(tmp_path / "out", methods=methods, dry_run=True, **options)
     assert not (tmp_path / "out").exists()
     report = compare(tmp_path / "out", methods=methods, **options)
-    header, *rows = planned.rows
-    rows = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    rows = {row["method"]: row for row in planned.to_json()["plan"]}
     total = 0
-    for outcome in report.collected.outcomes:
+    for outcome in report.results.selected:
         row = rows[outcome.entry.method]
         result = outcome.results[0]
-        assert int(row["parameters"].replace(",", "")) == result.found["parameters"]
+        assert int(row["parameters"].replace(",", "")) == result.record["parameters"]
         assert int(row["measured images"]) == result.sets["colors"]["images"]
         assert int(row["cells"]) == len(outcome.results)
-        log = result.folder / "run" / "logs" / "csv" / "metrics.csv"
+        log = result.folder.run / "logs" / "csv" / "metrics.csv"
         if log.is_file():
             lines = log.read_text().splitlines()
             column = lines[0].split(",").index("step")
             steps = 1 + max(int(line.split(",")[column]) for line in lines[1:])
             assert int(row["steps a cell"]) == steps
             total += steps * len(outcome.results)
-            split = (result.folder / "run" / "split.jsonl").read_text()
+            split = (result.folder.run / "split.jsonl").read_text()
             assert int(row["training images"]) == split.count('"train"')
         else:
             assert row["steps a cell"] == "0"
@@ -45,9 +46,9 @@ def test_class_embeddings_that_are_learnt_are_counted(options, tmp_path):
     model = {"model": "timm:test_vit", "pretrained": str(tmp_path / "weights.safetensors")}
     options = options | model | {"methods": ["lora"], "seeds": [1]}
     planned = compare(tmp_path / "out", dry_run=True, **options)
-    [outcome] = compare(tmp_path / "out", **options).collected.outcomes
-    row = dict(zip(*planned.rows[:2], strict=True))
-    assert int(row["parameters"].replace(",", "")) == outcome.results[0].found["parameters"]
+    [outcome] = compare(tmp_path / "out", **options).results.selected
+    [row] = planned.to_json()["plan"]
+    assert int(row["parameters"].replace(",", "")) == outcome.results[0].record["parameters"]
 
 
 def test_steps_per_shot_spreads_them_over_the_epochs(options, tmp_path):
@@ -61,7 +62,7 @@ def test_steps_per_shot_spreads_them_over_the_epochs(options, tmp_path):
         dry_run=True,
         **options,
     )
-    assert planned.rows[1][4] == "500 to 1,000"
+    assert planned.table.rows[0][4] == "500 to 1,000"
     assert planned.steps == 2 * (500 + 1000)
 
 
@@ -78,18 +79,18 @@ def test_needs_neither_data_nor_weights(tmp_path, monkeypatch):
     # 12 + 12 blocks: q, k, v, out and twice the MLP, 768 and 512 wide.
     image = 4 * 43_008 + 2 * 108_288
     text = 4 * 23_552 + 2 * KR_512_2048
-    assert planned.rows[2][2] == f"{12 * (image + text):,}"
-    assert planned.rows[2][4] == planned.rows[2][5] == "unknown"
+    assert planned.table.rows[1][2] == f"{12 * (image + text):,}"
+    assert planned.table.rows[1][4] == planned.table.rows[1][5] == "unknown"
     assert planned.steps is None
     assert set(planned.missing) == {"data/nowhere"}
     assert not tree(tmp_path)
     missing = compare(
         model="local-dir:nowhere",
-        data=DataOptions("digits"),
+        data=DataConfig("digits"),
         methods=["kradapter"],
         dry_run=True,
     )
-    assert missing.rows[1][2] == "unknown"
+    assert missing.table.rows[0][2] == "unknown"
     assert [name.rpartition("/")[2] for name in missing.missing] == ["nowhere"]
 
 
@@ -97,20 +98,18 @@ KR_512_2048 = 512 * 22 + 512 * 94  # isqrt(512) = 22, ceil(2048 / 22) = 94
 
 
 def test_other_grids(options, tmp_path, capsys):
-    from rich.console import Console
-
     with pytest.raises(VlkrError, match="tree is not at hand; --data"):
-        dg(data=DataOptions(root=tmp_path / "tree"), dry_run=True)
+        dg(data=DataConfig(root=tmp_path / "tree"), dry_run=True)
     planned = dg(
-        data=DataOptions(root=tmp_path / "tree", domains=["a", "b", "c"]),
+        data=DataConfig(root=tmp_path / "tree", domains=["a", "b", "c"]),
         methods=["kradapter"],
         dry_run=True,
     )
     assert planned.cells == 3 * 3
     found = transfer(
-        data=DataOptions("digits"), datasets=["nowhere"], methods=["lora"], dry_run=True
+        data=DataConfig("digits"), datasets=["nowhere"], methods=["lora"], dry_run=True
     )
-    found.show(Console(width=200))
+    show(found, Console(width=200))
     text = capsys.readouterr().out
     assert "Plan of vlkr transfer" in text
     assert "4 cells" in text

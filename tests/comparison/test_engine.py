@@ -1,20 +1,26 @@
 """Cells: skipped when finished, resumed when interrupted, alone when they fail."""
 
 import json
+import re
 import shutil
 import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 
+import psutil
 import pytest
 from filelock import FileLock
+from grids import compare
 from helpers import tree
 
 from vlkr.comparison import cell as cells
 from vlkr.comparison.cell import run_cell
-from vlkr.comparison.commands import compare
-from vlkr.comparison.engine import _blame, cell_folder, run_cells, state
-from vlkr.comparison.options import MethodOptions
+from vlkr.comparison.engine import run_cells
+from vlkr.comparison.options import MethodConfig
 from vlkr.comparison.plan import Cell
+from vlkr.comparison.results import CellFolder
 from vlkr.errors import VlkrError
 from vlkr.files import read_json
 
@@ -64,18 +70,18 @@ def test_finished_cells_are_skipped(copied, options, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("a finished cell is computed again")
 
-    monkeypatch.setattr(cells, "_measure", refuse)
+    monkeypatch.setattr(cells, "_evaluate", refuse)
     before = {path: data for path, data in tree(copied).items() if path.startswith("cells")}
     report = compare(copied, methods=METHODS, **options)
     after = {path: data for path, data in tree(copied).items() if path.startswith("cells")}
     assert after == before
-    assert not report.collected.failures
+    assert not report.results.failures
 
 
 def test_a_new_seed_computes_its_cells_alone(copied, options, monkeypatch):
     asked = []
-    measure = cells._measure
-    monkeypatch.setattr(cells, "_measure", lambda c, *rest: asked.append(c) or measure(c, *rest))
+    measure = cells._evaluate
+    monkeypatch.setattr(cells, "_evaluate", lambda c, *rest: asked.append(c) or measure(c, *rest))
     compare(copied, methods=METHODS, **(options | {"seeds": [1, 2, 3]}))
     assert {cell.seed for cell in asked} == {3}
     assert len(asked) == 3
@@ -95,11 +101,11 @@ def test_another_configuration_is_refused_and_forced(copied, options):
 
 
 def test_what_does_not_change_results_does_not_count(copied, options, monkeypatch):
-    monkeypatch.setattr(cells, "_measure", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(cells, "_evaluate", lambda *arguments: 1 / 0)
     data = replace(options["data"], num_workers=1)
     trainer = replace(options["trainer"], accelerator="auto")
     changed = options | {"data": data, "trainer": trainer}
-    assert not compare(copied, methods=METHODS, **changed).collected.failures
+    assert not compare(copied, methods=METHODS, **changed).results.failures
 
 
 def test_a_foreign_folder_is_left_alone(options, tmp_path):
@@ -111,40 +117,40 @@ def test_a_foreign_folder_is_left_alone(options, tmp_path):
 
 def test_a_failing_cell_stops_nobody(options, tmp_path, capsys):
     methods = [
-        MethodOptions("lora", options={"rank": 2}, lrs=[1e-2, 1e30]),
-        MethodOptions("bitfit", lrs=[1e30]),
+        MethodConfig("lora", options={"rank": 2}, lrs=[1e-2, 1e30]),
+        MethodConfig("bitfit", lrs=[1e30]),
         "kradapter",
     ]
     report = compare(tmp_path / "out", methods=methods, budget="own", **options)
-    failures = report.collected.failures
+    failures = report.results.failures
     assert len(failures) == 4
     assert all("loss is" in message or "not finite" in message for message in failures.values())
-    lora, bitfit, kradapter = report.collected.outcomes
+    lora, bitfit, kradapter = report.results.selected
     assert lora.chosen.setting["lr"] == 1e-2
     assert (len(lora.results), len(bitfit.results), len(kradapter.results)) == (2, 0, 2)
-    assert any("1e+30" in row[0] for row in report.all_tables()[-1].rows)
+    assert any("1e+30" in row[0] for row in report.tables()[-1].rows)
     assert "failed" in capsys.readouterr().err
-    folder = cell_folder(report.output, next(iter(failures)))
-    assert "Traceback" in read_json(folder / "error.json")["traceback"]
+    folder = CellFolder.of(report.output, next(iter(failures)))
+    assert "Traceback" in read_json(folder.error)["traceback"]
     # The model is clean again after a failure: another cell gives what it gives on its own.
     alone = compare(tmp_path / "alone", methods=["kradapter"], **options)
-    assert alone.collected.outcomes[0].values("colors") == kradapter.values("colors")
+    assert alone.results.selected[0].values("colors") == kradapter.values("colors")
 
 
 def test_failed_cells_are_tried_again(copied, options, monkeypatch):
-    measure = cells._measure
+    measure = cells._evaluate
     (copied / "cells" / "colors-zero_shot" / "result.json").unlink()
-    monkeypatch.setattr(cells, "_measure", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(cells, "_evaluate", lambda *arguments: 1 / 0)
     report = compare(copied, methods=METHODS, **options)
-    assert report.collected.failures == {"colors-zero_shot": "ZeroDivisionError: division by zero"}
-    monkeypatch.setattr(cells, "_measure", measure)
+    assert report.results.failures == {"colors-zero_shot": "ZeroDivisionError: division by zero"}
+    monkeypatch.setattr(cells, "_evaluate", measure)
     report = compare(copied, methods=METHODS, **options)
-    assert not report.collected.failures
+    assert not report.results.failures
     assert not (copied / "cells" / "colors-zero_shot" / "error.json").exists()
 
 
 def test_says_when_every_cell_failed(options, tmp_path, monkeypatch):
-    monkeypatch.setattr(cells, "_measure", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(cells, "_evaluate", lambda *arguments: 1 / 0)
     with pytest.raises(VlkrError, match=r"every cell failed; .*division by zero"):
         compare(tmp_path / "out", methods=["zero-shot"], **options)
 
@@ -176,12 +182,13 @@ def test_an_interrupted_cell_goes_on_from_its_epoch(finished, options, tmp_path,
 def test_a_locked_cell_is_left_to_its_process(options, tmp_path):
     output = tmp_path / "out"
     name = "colors-zero_shot"
-    cell_folder(output, name).mkdir(parents=True)
+    folder = output / "cells" / name
+    folder.mkdir(parents=True)
     (output / "plan.json").write_text("{}")
-    with FileLock(cell_folder(output, name) / "lock"):
+    with FileLock(folder / "lock"):
         report = compare(output, methods=["zero-shot", "probe"], **options)
-    assert report.collected.unfinished == [name]
-    assert [name, "not finished"] in report.all_tables()[-1].rows
+    assert report.results.unfinished == [name]
+    assert (name, "not finished") in report.tables()[-1].rows
 
 
 @pytest.mark.parametrize("keep", [0, 40, -5])
@@ -204,36 +211,76 @@ def test_an_unfinished_place_has_no_reliability(copied, options):
 def test_no_jobs_only_collects(copied, options):
     shutil.rmtree(copied / "cells" / "colors-zero_shot")
     report = compare(copied, methods=METHODS, jobs=0, **options)
-    assert report.collected.unfinished == ["colors-zero_shot"]
+    assert report.results.unfinished == ["colors-zero_shot"]
 
 
-def test_a_dead_process_fails_its_cell(tmp_path):
-    process = subprocess.Popen(["sh", "-c", "kill -9 $$"])
-    process.wait()
-    cells_ = [Cell.from_json(Cell("a", "probe", "tiny", None, *_nothing()).to_json())]
-    folder = cell_folder(tmp_path, "a")
-    folder.mkdir(parents=True)
-    log = tmp_path / "log"
-    assert not _blame(cells_, tmp_path, process, log)
-    (folder / "pid").write_text(str(process.pid))
-    assert _blame(cells_, tmp_path, process, log)
-    assert state(tmp_path, "a") == f"failed: its process ended with SIGKILL, see {log}"
+def test_a_killed_worker_fails_its_cell_and_no_other(options, tmp_path):
+    """A real SIGKILL of the process that trains a cell."""
+    output = tmp_path / "out"
+    name = "colors-shots2-lora-lr0.01-epochs500-seed1"
+    folder = output / "cells" / name
+
+    def kill():
+        while not (folder / "run" / "config.yaml").is_file():  # it does not train yet
+            time.sleep(0.05)
+        for process in psutil.Process().children():
+            if str(folder / "lock") in [file.path for file in process.open_files()]:
+                process.kill()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    methods = [MethodConfig("lora", epochs=[500]), "zero-shot"]
+    report = compare(output, methods=methods, jobs=2, **(options | {"seeds": [1]}))
+    killer.join()
+    [message] = report.results.failures.values()
+    logs = re.escape(str(output / "logs"))
+    assert re.fullmatch(
+        rf"ProcessDied: its process ended with SIGKILL, see {logs}/process-[12]\.log", message
+    )
+    assert list(report.results.failures) == [name]
+    assert list(report.results.cells) == ["colors-zero_shot"]
 
 
-def _nothing():
-    from vlkr.datasets import DataOptions
+SCRIPT = """
+import sys
+from vlkr.cli import main
 
-    return DataOptions(), ()
+print("imported")
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.mark.slow
-def test_processes_beside_find_the_same(finished, options, tmp_path):
-    report = compare(tmp_path / "out", methods=METHODS, jobs=2, **options)
-    assert results(report.output) == results(finished.output)
-    assert {path.name for path in (report.output / "logs").iterdir()} == {
-        "process-1.log",
-        "process-2.log",
+def test_workers_find_the_same_and_run_no_script_again(finished, options, tmp_path):
+    """The command line, called by a script that does not guard its ``__main__``."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    data = options["data"]
+    chosen = {
+        "output": tmp_path / "out",
+        "methods": "[zero-shot, probe, kradapter, lora]",
+        "jobs": 2,
+        "model": options["model"],
+        "data.root": data.root,
+        "data.shots": data.shots,
+        "data.batch-size": data.batch_size,
+        "data.min-steps-per-epoch": data.min_steps_per_epoch,
+        "optimizer.lr": options["optimizer"].lr,
+        "trainer.epochs": 1,
+        "trainer.accelerator": "cpu",
+        "seeds": "[1, 2]",
     }
+    arguments = [f"--{name}={value}" for name, value in chosen.items()]
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py", "compare", *arguments],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("imported") == 1
+    assert results(tmp_path / "out") == results(finished.output)
+    logs = sorted((tmp_path / "out" / "logs").iterdir())
+    assert [path.name for path in logs] == ["process-1.log", "process-2.log"]
+    assert not any("imported" in path.read_text() for path in logs)
 
 
 @pytest.mark.slow
@@ -282,7 +329,7 @@ def test_one_cell_by_its_name(copied):
 def test_a_named_cell_that_fails_is_an_error(copied, monkeypatch):
     name = "colors-zero_shot"
     shutil.rmtree(copied / "cells" / name)
-    monkeypatch.setattr(cells, "_measure", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(cells, "_evaluate", lambda *arguments: 1 / 0)
     with pytest.raises(VlkrError, match=f"cell {name} failed: division by zero"):
         run_cells(copied, [name])
     assert run_cells(copied, ["all"]).cells[name].startswith("failed")
@@ -294,4 +341,4 @@ def test_a_cell_survives_json(finished):
         cell = Cell.from_json(found["cell"])
         assert cell.hash == found["hash"]
         assert cell.to_json() == found["cell"]
-        assert run_cell(cell, path.parent)
+        assert run_cell(cell, CellFolder(path.parent))

@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from grids import compare
 from safetensors.numpy import load_file
 from sklearn.linear_model import LogisticRegression
 
-from vlkr.comparison.commands import compare
-from vlkr.comparison.probe import STRENGTHS, fit_probe, probe_logits
+from vlkr.comparison.cell import STRENGTHS, fit_probe, probe_logits
 from vlkr.datasets import few_shot_split
-from vlkr.datasets.streaming import PickedSource
+from vlkr.datasets.samples import View
 from vlkr.errors import VlkrError
 from vlkr.evaluation.features import Features, image_features
 from vlkr.files import read_json
@@ -69,7 +69,7 @@ def test_cell_is_scikit_learn_on_the_adapters_images(options, colors, tmp_path):
 
     def encoded(samples):
         keys = Counter(sample.key for sample in samples)
-        part = replace(dataset, splits={"x": PickedSource(dataset.source("train"), keys)}, sizes={})
+        part = replace(dataset, splits={"x": View(dataset.source("train"), times=keys)}, sizes={})
         return image_features(bundle, part, "x", cache=False)
 
     train, val = encoded(split.train), encoded(split.val)
@@ -94,5 +94,5 @@ def test_unknown_classes_are_refused(options, colors, tmp_path):
         (other / name).mkdir(parents=True)
         for path in (colors / "red").iterdir():
             (other / name / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(VlkrError, match="has not learnt class 'violet' of 'other'"):
+    with pytest.raises(VlkrError, match="has not learned class 'violet' of 'other'"):
         compare(tmp_path / "out", shifts=[str(other)], methods=["probe"], **options)

@@ -5,15 +5,15 @@ import statistics
 from dataclasses import replace
 
 import pytest
+from grids import transfer
 from helpers import small_run, write_images
 from PIL import Image
 
-from vlkr.comparison.commands import transfer
-from vlkr.comparison.options import MethodOptions
+from vlkr.comparison.options import MethodConfig
+from vlkr.config import AdapterConfig
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate
 from vlkr.files import read_json
-from vlkr.training.options import AdapterOptions
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def report(options, others, tmp_path_factory):
 
 
 def rows(table):
-    return {row[0]: dict(zip(table.rows[0][1:], row[1:], strict=True)) for row in table.rows[1:]}
+    return {row[0]: dict(zip(table.header[1:], row[1:], strict=True)) for row in table.rows}
 
 
 def metrics(output, cell):
@@ -33,11 +33,11 @@ def metrics(output, cell):
 
 
 def test_zero_shot_is_measured_without_being_asked_for(report):
-    assert report.collected.methods == ["zero-shot", "kradapter", "lora"]
+    assert report.results.methods == ["zero-shot", "kradapter", "lora"]
 
 
 def test_changes_are_after_less_before(report):
-    [table] = [t for t in report.tables if t.title == "Change against zero-shot"]
+    [table] = [t for t in report.tables() if t.title == "Change against zero-shot"]
     before = metrics(report.output, "colors-zero_shot")
     after = [metrics(report.output, f"colors-lora-lr0.01-epochs1-seed{seed}") for seed in (1, 2)]
 
@@ -64,26 +64,26 @@ def test_a_subset_of_classes_is_told_apart_among_its_own(report):
 def test_runs_are_measured_as_they_are(options, colors, others, tmp_path):
     first = small_run(tmp_path / "a", options["model"], colors, seed=1).output
     second = small_run(tmp_path / "b", options["model"], colors, seed=2).output
-    lora = AdapterOptions("lora", options={"rank": 2})
+    lora = AdapterConfig("lora", options={"rank": 2})
     third = small_run(tmp_path / "c", options["model"], colors, adapter=lora).output
     report = transfer(
         tmp_path / "out",
-        run=[first, second, third],
+        runs=[first, second, third],
         datasets=others,
         trainer=options["trainer"],
     )
-    kradapter = next(o for o in report.collected.outcomes if o.entry.method == "kradapter")
+    kradapter = next(o for o in report.results.selected if o.entry.method == "kradapter")
     assert kradapter.seeds == [1, 2]
-    for folder, outcome, i in ((second, kradapter, 1), (third, report.collected.outcomes[-1], 0)):
+    for folder, outcome, i in ((second, kradapter, 1), (third, report.results.selected[-1], 0)):
         plain = evaluate(run=folder, datasets=[str(colors), *others], device="cpu")
         expected = [result.metrics["acc1"] for result in plain.results]
         assert [outcome.values(n)[i] for n in ("colors", "more", "two")] == expected
-        accuracies = report.tables[0].rows
-        column = accuracies[0].index(outcome.entry.method)
+        accuracies = report.tables()[0]
+        column = accuracies.header.index(outcome.entry.method)
         trained = read_json(folder / "metrics.json")["parameters"]
         assert trained > 0
-        assert accuracies[1][column] == f"{trained:,}"
-    assert "kradapter" in report.tables[0].rows[0]
+        assert accuracies.rows[0][column] == f"{trained:,}"
+    assert "kradapter" in report.tables()[0].header
     assert "budget" not in report.context
 
 
@@ -95,7 +95,7 @@ def test_base_to_new_has_its_harmonic_mean(options, tmp_path):
         pixels.save(root / "yellow" / f"{i}.png")
     data = replace(options["data"], root=root, classes="base")
     report = transfer(tmp_path / "out", methods=["lora"], **(options | {"data": data}))
-    [table] = report.tables[:1]
+    [table] = report.tables()[:1]
     found = rows(table)
     cells = [metrics(report.output, f"colors-lora-lr0.01-epochs1-seed{seed}") for seed in (1, 2)]
     harmonic = [
@@ -112,7 +112,7 @@ def test_base_to_new_has_its_harmonic_mean(options, tmp_path):
     [
         ({"datasets": None}, "names no shifts; --datasets names what to measure on"),
         ({"datasets": ["nowhere"]}, "no dataset 'nowhere'"),
-        ({"methods": [MethodOptions("nothing")]}, "unknown method 'nothing'"),
+        ({"methods": [MethodConfig("nothing")]}, "unknown method 'nothing'"),
     ],
 )
 def test_refuses(options, others, tmp_path, changes, message):
@@ -133,9 +133,9 @@ def test_refuses_runs_that_do_not_belong_together(options, colors, others, tmp_p
     first = small_run(tmp_path / "a", options["model"], colors).output
     second = small_run(tmp_path / "b", options["model"], colors.parent / "more").output
     with pytest.raises(VlkrError, match="of 2 models, datasets or halves"):
-        transfer(tmp_path / "out", run=[first, second], datasets=others)
+        transfer(tmp_path / "out", runs=[first, second], datasets=others)
     with pytest.raises(VlkrError, match="no run folder at"):
-        transfer(tmp_path / "out", run=[tmp_path / "c"], datasets=others)
+        transfer(tmp_path / "out", runs=[tmp_path / "c"], datasets=others)
 
 
 def test_runs_that_differ_in_more_than_their_seed_are_told_apart(options, colors, others, tmp_path):
@@ -143,8 +143,8 @@ def test_runs_that_differ_in_more_than_their_seed_are_told_apart(options, colors
     for shots in (1, 2):
         small_run(tmp_path / f"{shots}", options["model"], colors, data=replace(data, shots=shots))
     runs = [tmp_path / "1", tmp_path / "2"]
-    report = transfer(tmp_path / "out", run=runs, datasets=others)
-    assert [o.entry.method for o in report.collected.outcomes] == [
+    report = transfer(tmp_path / "out", runs=runs, datasets=others)
+    assert [o.entry.method for o in report.results.selected] == [
         "zero-shot",
         "kradapter shots=1",
         "kradapter shots=2",
@@ -152,17 +152,17 @@ def test_runs_that_differ_in_more_than_their_seed_are_told_apart(options, colors
     assert "shots" not in report.context
     shutil.copytree(tmp_path / "1", tmp_path / "copy")
     with pytest.raises(VlkrError, match="2 runs of kradapter have seed 1"):
-        transfer(tmp_path / "more", run=[tmp_path / "1", tmp_path / "copy"], datasets=others)
+        transfer(tmp_path / "more", runs=[tmp_path / "1", tmp_path / "copy"], datasets=others)
 
 
 def test_a_run_that_was_trained_anew_is_no_finished_cell(options, colors, others, tmp_path):
     run = small_run(tmp_path / "run", options["model"], colors).output
-    transfer(tmp_path / "out", run=[run], datasets=others)
-    transfer(tmp_path / "out", run=[run], datasets=others)
+    transfer(tmp_path / "out", runs=[run], datasets=others)
+    transfer(tmp_path / "out", runs=[run], datasets=others)
     data = replace(options["data"], shots=1)
     small_run(run, options["model"], colors, data=data, force=True)
     with pytest.raises(VlkrError, match="holds a result of another configuration"):
-        transfer(tmp_path / "out", run=[run], datasets=others)
+        transfer(tmp_path / "out", runs=[run], datasets=others)
 
 
 def test_an_image_encoder_without_text_has_no_zero_shot(options, colors, others, tmp_path):

@@ -16,13 +16,14 @@ from helpers import COLORS, REAL, color_image, tree, write_images, write_shards
 from PIL import Image
 
 from vlkr.cli import main
-from vlkr.datasets import DataOptions, Dataset, few_shot_split, load_dataset
+from vlkr.datasets import DataConfig, Dataset, few_shot_split, load_dataset
 from vlkr.datasets import pack as pack_module
-from vlkr.datasets.members import shrunk, tar_fields
+from vlkr.datasets.images import shrink
 from vlkr.datasets.pack import pack
-from vlkr.datasets.parallel import parallel_map, runs
-from vlkr.datasets.sources import Sample
+from vlkr.datasets.samples import Sample
+from vlkr.datasets.shards import tar_fields
 from vlkr.errors import VlkrError
+from vlkr.runtime import interleave_jobs, parallel_map
 
 
 def facts(dataset):
@@ -65,7 +66,7 @@ def test_samples_stay_what_they_were(tmp_path, write):
 def test_few_shot_splits_stay_the_same(tmp_path):
     root = write_tree(tmp_path / "source", per_class=12)
     pack(str(root), tmp_path / "dest", samples_per_shard=7)
-    before, after = (DataOptions(root=path).load() for path in (root, tmp_path / "dest"))
+    before, after = (DataConfig(root=path).load() for path in (root, tmp_path / "dest"))
     for seed in (1, 2):
         splits = [
             few_shot_split(d.source("train"), d.class_names, 4, seed) for d in (before, after)
@@ -187,7 +188,7 @@ def test_resizing_is_of_the_shorter_side(kind, size, expected):
     ramp = np.linspace(0, 255, size[0] * size[1]).reshape(size[1], size[0])
     image = Image.fromarray(ramp.astype(np.uint8)).convert("RGB")
     image.save(buffer, kind, quality=95)
-    small = image_of(shrunk(Sample("k", buffer.getvalue(), 0), 32).image)
+    small = image_of(shrink(Sample("k", buffer.getvalue(), 0), 32).image)
     assert (small.size, small.format.lower(), small.mode) == (expected, kind, "RGB")
     reference = image.resize(expected, Image.Resampling.BICUBIC)
     assert np.abs(np.asarray(small, int) - np.asarray(reference, int)).mean() < 3
@@ -195,7 +196,7 @@ def test_resizing_is_of_the_shorter_side(kind, size, expected):
 
 def test_small_images_keep_their_bytes(tmp_path):
     sample = Sample("k", color_image("red", 0), 0)
-    assert shrunk(sample, 20) is sample
+    assert shrink(sample, 20) is sample
     root = write_images(tmp_path / "source", per_class=3)
     big = Image.new("RGB", (64, 48), "red")
     big.save(root / "red" / "0.png")
@@ -224,11 +225,11 @@ def test_nothing_is_written_for_bad_input(tmp_path):
 def test_bad_samples_are_left_out_and_told(tmp_path):
     root = write_images(tmp_path / "source", per_class=4)
     (root / "red" / "1.png").write_bytes(b"no image")
-    with pytest.raises(VlkrError, match=r"sample 'red/1\.png' is no image in a format that is"):
+    with pytest.raises(VlkrError, match=r"sample 'red/1\.png' is not an image in a known"):
         pack(str(root), tmp_path / "dest")
     assert not (tmp_path / "dest").exists()
     result = pack(str(root), tmp_path / "dest", max_bad=1, num_workers=2)
-    assert result.bad == ["sample 'red/1.png' is no image in a format that is known"]
+    assert result.bad == ["sample 'red/1.png' is not an image in a known format"]
     assert result.to_json()["bad_samples"] == result.bad
     keys = [s.key for split in load_dataset(tmp_path / "dest").splits.values() for s in split]
     assert len(keys) == 11
@@ -294,7 +295,7 @@ def test_finished_shards_are_kept(tmp_path, monkeypatch):
 
     dest = tmp_path / "dest"
     with monkeypatch.context() as patch:
-        patch.setattr(pack_module, "shrunk", failing)
+        patch.setattr(pack_module, "shrink", failing)
         with pytest.raises(KeyboardInterrupt):
             pack(str(root), dest, samples_per_shard=4)
     assert not (dest / "classnames.txt").exists()
@@ -405,7 +406,7 @@ def test_parallel_map_is_map(workers):
 @pytest.mark.parametrize("workers", [0, 1, 2, 3, 5])
 @pytest.mark.parametrize("count", range(8))
 def test_runs_are_consecutive_on_each_worker(count, workers):
-    order = runs(list(range(count)), workers)
+    order = interleave_jobs(list(range(count)), workers)
     assert sorted(order) == list(range(count))
     workers = min(max(workers, 1), max(count, 1))
     for worker in range(workers):

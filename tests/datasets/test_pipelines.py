@@ -14,7 +14,7 @@ from streams import Listed, dealt, tiny_image, tiny_samples
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from vlkr.datasets import Sample, load_dataset
+from vlkr.datasets import BadSample, Sample, load_dataset
 from vlkr.datasets.images import decode_image
 from vlkr.datasets.pipelines import (
     BadSamples,
@@ -31,7 +31,7 @@ from vlkr.datasets.transforms import (
     to_tensor,
     without_normalization,
 )
-from vlkr.errors import SampleError, VlkrError
+from vlkr.errors import VlkrError
 
 AUGMENT = TrainTransform((16, 16), [0.5] * 3, [0.5] * 3, "bilinear", (0.3, 1.0), True)
 pixels = v2.functional.pil_to_tensor
@@ -146,7 +146,7 @@ def test_images_beyond_the_bound_stay_encoded():
 
 def test_bad_images_in_memory_are_left_out_and_counted():
     samples = [tiny_samples(1)[0], Sample("bad", b"no image", 1), *tiny_samples(3)[1:]]
-    with pytest.raises(SampleError, match="sample 'bad'"):
+    with pytest.raises(VlkrError, match="sample 'bad'"):
         FewShotImages(samples, pixels)
     bad = BadSamples(1)
     images = FewShotImages(samples, pixels, bad=bad)
@@ -287,7 +287,9 @@ def share_keys(source, rank, processes, worker, workers):
     info = mock.Mock(id=worker, num_workers=workers)
     with (
         mock.patch("vlkr.datasets.pipelines.get_worker_info", return_value=info),
-        mock.patch("vlkr.datasets.pipelines.process_place", return_value=(rank, processes)),
+        mock.patch.multiple(
+            "vlkr.datasets.pipelines", rank=lambda: rank, world_size=lambda: processes
+        ),
         mock.patch("vlkr.datasets.pipelines.decode_image", return_value=None),
     ):
         stream = SampleStream(source, lambda image: torch.zeros(3, 1, 1), BadSamples())
@@ -315,7 +317,7 @@ def bad_source():
     samples = tiny_samples(9)
     samples[3] = Sample("k3", b"no image", 1, shard="1.tar")
     parts = [samples[:3], samples[3:6], samples[6:]]
-    parts[2].insert(1, SampleError("has no label", key="x", shard="2.tar"))
+    parts[2].insert(1, BadSample("has no label", "x", "2.tar"))
     return Listed(parts)
 
 
@@ -325,7 +327,7 @@ def test_a_bad_sample_stops_and_is_named(workers):
         list(evaluation_loader(bad_source(), pixels, 2, workers))
     reason, _, hint = str(caught.value).partition("; ")
     assert reason in (
-        "1.tar, sample 'k3' is no image in a format that is known",
+        "1.tar, sample 'k3' is not an image in a known format",
         "2.tar, sample 'x' has no label",
     )
     assert hint == "max_bad lets such samples be skipped"

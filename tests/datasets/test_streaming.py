@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from streams import Listed, dealt, tiny_samples
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from vlkr.datasets import Sample
+from vlkr.datasets import BadSample, Sample, View
 from vlkr.datasets.pipelines import (
     BadSamples,
     EpochSampler,
@@ -30,12 +30,11 @@ from vlkr.datasets.pipelines import (
 from vlkr.datasets.streaming import (
     BatchOrder,
     EpochPlan,
-    PickedSource,
     StreamedBatches,
     TrainLoader,
 )
 from vlkr.datasets.transforms import TrainTransform
-from vlkr.errors import SampleError, VlkrError
+from vlkr.errors import VlkrError
 from vlkr.files import write_json
 from vlkr.training.trainer import quiet_lightning
 
@@ -250,7 +249,7 @@ def test_memory_is_bounded_by_the_buffer():
 
 
 def test_picked_samples_come_as_often_as_asked():
-    source = PickedSource(dealt(tiny_samples(6), 3), {"k1": 2, "k4": 1, "k5": 3})
+    source = View(dealt(tiny_samples(6), 3), times={"k1": 2, "k4": 1, "k5": 3})
     expected = ["k1", "k1", "k4", "k5", "k5", "k5"]
     assert [sample.key for sample in source] == expected
     assert [sample.key for shard in source.shards() for sample in shard] == expected
@@ -267,7 +266,7 @@ def bad_source():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_place_of_a_bad_image_is_taken_and_it_is_counted(workers):
-    with pytest.raises(VlkrError, match=r"^1\.tar, sample 'k5' is no image"):
+    with pytest.raises(VlkrError, match=r"^1\.tar, sample 'k5' is not an image"):
         list(loader_of(bad_source(), workers=workers))
     loader = loader_of(bad_source(), workers=workers, bad=BadSamples(1))
     for _ in range(2):  # anew in each epoch
@@ -282,7 +281,7 @@ def test_the_place_of_a_bad_image_is_taken_and_it_is_counted(workers):
 def test_what_the_source_refuses_was_counted_before():
     source = dealt(tiny_samples(10), 3)
     plan = plan_of(source)
-    source.parts[1].insert(1, SampleError("has no label", key="x"))
+    source.parts[1].insert(1, BadSample("has no label", "x"))
     batches = StreamedBatches(source, plan, AUGMENT, BadSamples())
     keys = [key for item in BatchOrder(plan) for key in batches[item].keys]
     assert sorted(keys) == sorted(f"k{i}" for i in range(10))

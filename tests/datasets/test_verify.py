@@ -6,8 +6,8 @@ import pytest
 from helpers import write_images, write_shards
 
 from vlkr.cli import main
+from vlkr.datasets.inspect import verify
 from vlkr.datasets.pack import pack
-from vlkr.datasets.verify import verify
 from vlkr.errors import VlkrError
 
 
@@ -112,7 +112,7 @@ def test_folders_are_verified_too(tmp_path):
     root = write_images(tmp_path / "d", per_class=4)
     (root / "red" / "2.png").write_bytes(b"no image")
     found = verify(str(root))
-    assert found.problems == ["sample 'red/2.png' is no image in a format that is known"]
+    assert found.problems == ["sample 'red/2.png' is not an image in a known format"]
     assert sum(found.samples.values()) == 11
 
 

@@ -13,17 +13,17 @@ from helpers import write_images, write_shards
 
 from vlkr.datasets import load_dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation.distributed import gather, processes, rank, world_size
-from vlkr.evaluation.runs import load_run
-from vlkr.evaluation.zero_shot import evaluate_bundle
+from vlkr.evaluation.evaluate import evaluate_model
+from vlkr.runs import RunFolder
+from vlkr.runtime import gather, processes, rank, world_size
 
 OPTIONS = ({}, {"batch_size": 5}, {"batch_size": 3, "num_workers": 2}, {"cache": True})
 
 
 def measure(run, roots, options):
-    bundle, _ = load_run(run)
+    bundle = RunFolder.open(run).load_model()
     home, shift, strange = (load_dataset(root) for root in roots)
-    found = evaluate_bundle(
+    found = evaluate_model(
         bundle,
         [home, shift],
         unknown=[strange],
@@ -70,7 +70,7 @@ def test_two_processes_report_what_one_does(run, tmp_path):
     first, second = (json.loads((output / f"{i}.json").read_text()) for i in range(2))
     assert first == second
     shared, error = first
-    assert "sample 'red/1.png' is no image" in error
+    assert "sample 'red/1.png' is not an image" in error
     for options, found in zip(OPTIONS, shared, strict=True):
         alone = json.loads(json.dumps(measure(run, roots, options)))
         assert found == alone

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -12,8 +10,7 @@ from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate
 from vlkr.evaluation.metrics import effective_robustness
 from vlkr.evaluation.predictions import Predictions
-from vlkr.evaluation.report import evaluation_markdown
-from vlkr.evaluation.runs import run_config
+from vlkr.runs import RunFolder
 
 
 def test_shifts_follow_the_home_card_and_are_not_doubled(small):
@@ -33,9 +30,11 @@ def test_shifts_follow_the_home_card_and_are_not_doubled(small):
 
 
 def test_templates_can_be_replaced(small, colors):
-    own = evaluate(model=small, datasets=[str(colors)]).home
-    same = evaluate(model=small, datasets=[str(colors)], templates=["a photo of a {c}."]).home
-    other = evaluate(model=small, datasets=[str(colors)], templates=["{c}", "{c}!"]).home
+    own = evaluate(model=small, datasets=[str(colors)]).in_distribution
+    same = evaluate(
+        model=small, datasets=[str(colors)], templates=["a photo of a {c}."]
+    ).in_distribution
+    other = evaluate(model=small, datasets=[str(colors)], templates=["{c}", "{c}!"]).in_distribution
     assert same.metrics == own.metrics
     assert (own.templates, other.templates) == ("default (1)", "given (2)")
 
@@ -51,21 +50,21 @@ def test_run_is_measured_on_its_own_data(run):
 
 def test_named_templates_and_a_file(small, colors, tmp_path):
     (tmp_path / "mine.txt").write_text("a sketch of a {}.\nart of a {c}\n")
-    named = evaluate(model=small, datasets=[str(colors)], templates=["imagenet7"]).home
+    named = evaluate(model=small, datasets=[str(colors)], templates=["imagenet7"]).in_distribution
     mine = evaluate(model=small, datasets=[str(colors)], templates=[str(tmp_path / "mine.txt")])
     same = ["a sketch of a {c}.", "art of a {c}"]
     assert named.templates == "imagenet7 (7)"
-    assert mine.home.templates == "mine.txt (2)"
-    given = evaluate(model=small, datasets=[str(colors)], templates=same).home
-    assert given.metrics == mine.home.metrics != named.metrics
+    assert mine.in_distribution.templates == "mine.txt (2)"
+    given = evaluate(model=small, datasets=[str(colors)], templates=same).in_distribution
+    assert given.metrics == mine.in_distribution.metrics != named.metrics
 
 
 def test_predictions_are_written(small, colors, tmp_path):
     output = tmp_path / "out"
     found = evaluate(model=small, datasets=[str(colors)], keep_predictions=True, output=output)
     written = Predictions.read_jsonl(output / "predictions" / "colors.jsonl")
-    assert written == found.home.predictions
-    assert len(written) == found.home.images
+    assert written == found.in_distribution.predictions
+    assert len(written) == found.in_distribution.images
 
 
 def test_effective_robustness_against_a_zero_shot_model_and_chance(run, small, colors, tmp_path):
@@ -77,9 +76,9 @@ def test_effective_robustness_against_a_zero_shot_model_and_chance(run, small, c
     home, shifted = (r.metrics["acc1"] for r in found.results)
     expected = effective_robustness(home, shifted, points)
     assert found.shifts[0].metrics["effective_robustness"] == expected
-    assert "effective_robustness" not in found.home.metrics
+    assert "effective_robustness" not in found.in_distribution.metrics
     assert found.context["effective robustness against"].endswith(") and chance")
-    page = evaluation_markdown(found)
+    page = found.markdown()
     assert f"| effective robustness, points | {100 * expected:.1f} |" in page
 
 
@@ -95,19 +94,6 @@ def test_references_that_do_not_fit(run, small, colors, tmp_path):
     ):
         with pytest.raises(VlkrError, match=message):
             evaluate(model=small, datasets=datasets, reference=[tmp_path / reference])
-
-
-def test_help_is_instant():
-    # No library that takes seconds to import.
-    code = (
-        "import sys; from vlkr.cli import main\n"
-        "for name in ('evaluate', 'interpolate'):\n"
-        "    try: main([name, '--help'])\n"
-        "    except SystemExit: pass\n"
-        "print([m for m in ('torch', 'torchmetrics', 'lightning') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_json_is_all_there_is_on_stdout(run, capsys):
@@ -153,7 +139,7 @@ def test_corrupt_image_is_told_in_one_line(small, tmp_path, capsys, workers):
     assert main([*arguments, "--num-workers", str(workers)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     reason, _, hint = error.partition("; ")
-    assert reason == "vlkr: error: sample 'red/1.png' is no image in a format that is known"
+    assert reason == "vlkr: error: sample 'red/1.png' is not an image in a known format"
     assert hint == "max_bad lets such samples be skipped"
 
 
@@ -194,8 +180,10 @@ def test_wrong_options(options, message, small, run):
 
 def test_the_test_fraction_is_the_runs_unless_it_is_given(run, colors):
     def images(**options):
-        return evaluate(run=run, datasets=[str(colors)], device="cpu", **options).home.images
+        return evaluate(
+            run=run, datasets=[str(colors)], device="cpu", **options
+        ).in_distribution.images
 
-    fraction = run_config(run)["data"]["test_fraction"]
+    fraction = RunFolder.open(run).config.data.test_fraction
     assert images() == images(test_fraction=fraction)
     assert images(test_fraction=0.9) > images() > images(test_fraction=0.1)

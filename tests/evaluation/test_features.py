@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import json
 
 import open_clip
 import pytest
@@ -10,9 +11,9 @@ from PIL import Image
 import vlkr
 from vlkr.datasets import load_dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation import features, zero_shot
+from vlkr.evaluation import evaluate, features
+from vlkr.evaluation.evaluate import evaluate_model
 from vlkr.evaluation.features import fingerprint, image_features
-from vlkr.evaluation.zero_shot import evaluate_bundle
 from vlkr.models.clip import load_clip
 
 
@@ -108,20 +109,21 @@ def test_adapted_image_towers_are_not_cached(small, colors, folder, tower, files
     bundle = load_clip(small)
     vlkr.add_adapters(bundle.model, "lora", towers=(tower,), rank=2)
     image_features(bundle, load_dataset(colors), "test")
-    assert len(list(folder.glob("image_features/*"))) == files
+    addresses = [json.loads(path.read_text())["address"] for path in folder.glob("*.json")]
+    assert sum(address.startswith("image_features/") for address in addresses) == files
 
 
 def test_evaluation_from_the_cache_is_the_same(small, colors, monkeypatch):
     bundle, dataset = load_clip(small), load_dataset(colors)
-    plain = evaluate_bundle(bundle, [dataset])
-    first = evaluate_bundle(bundle, [dataset], cache=True)
+    plain = evaluate_model(bundle, [dataset])
+    first = evaluate_model(bundle, [dataset], cache=True)
 
     def never(*args, **kwargs):
         raise AssertionError("it was to come from the cache")
 
     monkeypatch.setattr(features, "encode_image", never)
-    monkeypatch.setattr(zero_shot, "class_embeddings", never)
-    again = evaluate_bundle(bundle, [dataset], cache=True)
+    monkeypatch.setattr(evaluate, "class_embeddings", never)
+    again = evaluate_model(bundle, [dataset], cache=True)
     assert again.results == first.results == plain.results
 
 
@@ -129,33 +131,33 @@ def test_evaluation_from_the_cache_is_the_same(small, colors, monkeypatch):
 def test_class_embeddings_of_another_kind_are_made_anew(small, colors, monkeypatch, change):
     bundle, dataset = load_clip(small), load_dataset(colors)
     made = []
-    plain = zero_shot.class_embeddings
+    plain = evaluate.class_embeddings
     monkeypatch.setattr(
-        zero_shot, "class_embeddings", lambda *a, **k: made.append(1) or plain(*a, **k)
+        evaluate, "class_embeddings", lambda *a, **k: made.append(1) or plain(*a, **k)
     )
     vlkr.add_adapters(bundle.model, "lora", towers=("text",), rank=2)
-    evaluate_bundle(bundle, [dataset], cache=True)  # the adapter is zero as yet
+    evaluate_model(bundle, [dataset], cache=True)  # the adapter is zero as yet
     assert len(made) == 1
     if change in ("adapter", "merged", "scale"):
         for parameter in vlkr.adapter_parameters(bundle.model):
             parameter.data.normal_()
     if change == "scale":
-        evaluate_bundle(bundle, [dataset], cache=True)
+        evaluate_model(bundle, [dataset], cache=True)
         made.clear()
         vlkr.set_adapter_scale(bundle.model, 0.5)
-        evaluate_bundle(bundle, [dataset], cache=True)
+        evaluate_model(bundle, [dataset], cache=True)
         assert len(made) == 1
         vlkr.set_adapter_scale(bundle.model, 0)  # the base, which was there before
-        evaluate_bundle(bundle, [dataset], cache=True)
+        evaluate_model(bundle, [dataset], cache=True)
         assert len(made) == 1
         return
     if change == "merged":
-        vlkr.merge_adapters(bundle.model)
+        vlkr.merge_and_unload(bundle.model)
     if change == "names":
         dataset = dataclasses.replace(dataset, class_names=("azure", "green", "red"))
     if change == "templates":
         dataset = dataclasses.replace(dataset, templates=("{c}",))
-    evaluate_bundle(bundle, [dataset], cache=True)
+    evaluate_model(bundle, [dataset], cache=True)
     assert len(made) == 2
 
 

@@ -8,13 +8,12 @@ from PIL import Image
 
 import vlkr
 from vlkr.cli import main
-from vlkr.datasets import DataOptions, load_dataset
+from vlkr.datasets import DataConfig, load_dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation.evaluate import evaluate
+from vlkr.evaluation.evaluate import evaluate, evaluate_model
 from vlkr.evaluation.interpolation import interpolate
-from vlkr.evaluation.runs import load_run, run_validation
-from vlkr.evaluation.zero_shot import evaluate_bundle
 from vlkr.models.clip import load_clip
+from vlkr.runs import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def metrics(evaluation):
 def test_ends_are_the_base_model_and_the_run(line, run, small, colors, shift):
     assert [point.alpha for point in line.points] == [0, 0.5, 1, 2]
     datasets = [load_dataset(colors), load_dataset(shift)]
-    base = evaluate_bundle(load_clip(small), datasets)
+    base = evaluate_model(load_clip(small), datasets)
     adapted = evaluate(run=run, datasets=[str(colors), str(shift)])
     assert metrics(line.points[0].evaluation) == metrics(base)
     assert metrics(line.points[2].evaluation) == metrics(adapted)
@@ -45,19 +44,20 @@ def test_ends_are_the_base_model_and_the_run(line, run, small, colors, shift):
 
 
 def test_between_lies_the_sum_of_weights(line, run, colors):
-    bundle, _ = load_run(run)
+    bundle = RunFolder.open(run).load_model()
     base = {name: p.detach().clone() for name, p in load_clip(bundle.name).model.named_parameters()}
-    vlkr.merge_adapters(bundle.model)
+    vlkr.merge_and_unload(bundle.model)
     with torch.no_grad():
         for name, parameter in bundle.model.named_parameters():
             parameter.copy_(0.5 * base[name] + 0.5 * parameter)
-    mean = evaluate_bundle(bundle, [load_dataset(colors)]).home
-    assert line.points[1].evaluation.home.metrics == pytest.approx(mean.metrics, abs=1e-4)
+    mean = evaluate_model(bundle, [load_dataset(colors)]).in_distribution
+    assert line.points[1].evaluation.in_distribution.metrics == pytest.approx(
+        mean.metrics, abs=1e-4
+    )
 
 
 def test_best_is_chosen_on_the_validation_images_of_the_run(line, run, colors, shift):
-    _, config = load_run(run)
-    validation = run_validation(config, None)
+    validation = RunFolder.open(run).validation()
     kept = {sample.key for sample in validation.source("val")}
     dataset = load_dataset(colors)
     assert kept <= {sample.key for sample in dataset.source("train")}
@@ -79,7 +79,7 @@ def test_own_validation_split_is_used(small, tmp_path):
     root = write_images(tmp_path / "d", 6, splits=["train", "val", "test"])
     run = tmp_path / "run"
     small_run(run, small, root)
-    validation = run_validation(load_run(run)[1], None)
+    validation = RunFolder.open(run).validation()
     expected = [sample.key for sample in load_dataset(root).source("val")]
     assert [sample.key for sample in validation.source("val")] == expected
 
@@ -89,7 +89,7 @@ def short(small, tmp_path_factory):
     """A run that left no image to validate with."""
     folder = tmp_path_factory.mktemp("short")
     root = write_images(folder / "d", 4, splits=["train", "test"])
-    small_run(folder / "run", small, root, data=DataOptions(root=root, shots=4))
+    small_run(folder / "run", small, root, data=DataConfig(root=root, shots=4))
     return folder / "run"
 
 
@@ -148,7 +148,7 @@ def test_run_itself_is_not_touched(run):
 
 def test_table_of_several_shifts_and_of_none(run, colors, shift):
     three = interpolate(run, datasets=[str(colors), str(shift), str(colors)], alphas=[1])
-    assert three.rows()[0] == [
+    assert [*three.tables()[0].header] == [
         "alpha",
         "validation %",
         "colors (home) %",
@@ -156,8 +156,8 @@ def test_table_of_several_shifts_and_of_none(run, colors, shift):
         "worst shift %",
     ]
     alone = interpolate(run, alphas=[1])
-    assert alone.rows()[0] == ["alpha", "validation %", "colors (home) %"]
-    assert alone.rows()[1][0] == "1 *"
+    assert alone.tables()[0].header == ("alpha", "validation %", "colors (home) %")
+    assert alone.tables()[0].rows[0][0] == "1 *"
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ from vlkr.evaluation.metrics import (
     confusion_matrix,
     domain_accuracy,
     effective_robustness,
+    open_set_auroc,
     reliability,
-    unknown_auroc,
     worst_confusions,
 )
 from vlkr.evaluation.predictions import Predictions, predict
@@ -186,7 +186,7 @@ def test_nothing_to_measure():
         classification_metrics(nothing, 3)
     for pair in ((nothing, some), (some, nothing)):
         with pytest.raises(VlkrError, match="no predictions to measure"):
-            unknown_auroc(*pair)
+            open_set_auroc(*pair)
 
 
 def test_reliability_bins_make_the_calibration_error():
@@ -229,15 +229,15 @@ def test_auroc_of_unknown_classes(ties):
     # The same logits in another order are a tie, whatever fp64's last digit says.
     expected = roc_auc_score([1] * 80 + [0] * 50, np.round(confidence, 12))
     parts = [said(part, torch.zeros(len(part), dtype=torch.long)) for part in (known, unknown)]
-    assert unknown_auroc(*parts) == pytest.approx(expected, abs=1e-5)
+    assert open_set_auroc(*parts) == pytest.approx(expected, abs=1e-5)
 
 
 def test_auroc_of_certain_and_of_equal_confidences():
     labels = torch.zeros(5, dtype=torch.long)
     sure, unsure = said(1000 * torch.eye(5), labels), said(torch.zeros(5, 5), labels)
-    assert unknown_auroc(sure, unsure) == 1
-    assert unknown_auroc(unsure, sure) == 0
-    assert unknown_auroc(sure, sure) == 0.5
+    assert open_set_auroc(sure, unsure) == 1
+    assert open_set_auroc(unsure, sure) == 0
+    assert open_set_auroc(sure, sure) == 0.5
 
 
 def test_accuracy_by_domain():
@@ -297,9 +297,9 @@ def test_effective_robustness_of_extreme_accuracies():
 
 
 def test_effective_robustness_without_a_line():
-    with pytest.raises(VlkrError, match=r"accuracies at home \[0\.5\] make no line"):
+    with pytest.raises(VlkrError, match=r"different in-distribution accuracies, got \[0\.5\]"):
         effective_robustness(0.5, 0.5, [(0.5, 0.5)])
-    with pytest.raises(VlkrError, match="make no line"):
+    with pytest.raises(VlkrError, match="cannot fit a robustness baseline"):
         effective_robustness(0.5, 0.5, [(0.5, 0.5), (0.5, 0.6)])
     with pytest.raises(VlkrError, match=r"accuracy 63\.3 is out of range"):
         effective_robustness(63.3, 0.5, [(0.5, 0.5), (0.6, 0.6)])

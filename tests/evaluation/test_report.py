@@ -3,16 +3,9 @@ import json
 import pytest
 from rich.console import Console
 
-from vlkr.evaluation.metrics import Confused, DomainAccuracy, ReliabilityBin
-from vlkr.evaluation.report import (
-    DatasetResult,
-    Evaluation,
-    caption,
-    evaluation_markdown,
-    evaluation_rows,
-    markdown_table,
-    title,
-)
+from vlkr.evaluation.metrics import Confused, DatasetResult, DomainAccuracy, ReliabilityBin
+from vlkr.evaluation.report import Evaluation
+from vlkr.reporting.table import show
 
 
 def result(name, acc1, **others):
@@ -35,8 +28,13 @@ ONE_SHIFT = Evaluation(EVALUATION.results[:2], EVALUATION.context)
 HOME = Evaluation(EVALUATION.results[:1], EVALUATION.context)
 
 
+def rows(evaluation):
+    table = evaluation.tables()[0]
+    return [[*row] for row in (table.header, *table.rows)]
+
+
 def test_mean_and_worst_shift():
-    assert EVALUATION.home.dataset == "home"
+    assert EVALUATION.in_distribution.dataset == "home"
     assert EVALUATION.mean_shift() == (0.5 + 0.25 + 0.6) / 3
     assert abs(EVALUATION.mean_shift("ece") - (0.1 + 0.4 + 0.1) / 3) < 1e-12
     assert EVALUATION.worst_shift().dataset == "b"
@@ -44,7 +42,7 @@ def test_mean_and_worst_shift():
 
 def test_rows():
     header = ["dataset", "images", "top-1 %", "top-5 %", "mean per class %", "F1 %", "ECE %", "NLL"]
-    assert evaluation_rows(EVALUATION) == [
+    assert rows(EVALUATION) == [
         header,
         ["home", "10", "80.0", "90.0", "50.0", "40.0", "10.0", "1.250"],
         ["a", "10", "50.0", "90.0", "50.0", "40.0", "10.0", "1.250"],
@@ -56,21 +54,21 @@ def test_rows():
 
 
 def test_mean_and_worst_of_a_single_shift_are_not_shown():
-    assert [row[0] for row in evaluation_rows(ONE_SHIFT)] == ["dataset", "home", "a"]
-    assert [row[0] for row in evaluation_rows(HOME)] == ["dataset", "home"]
+    assert [row[0] for row in rows(ONE_SHIFT)] == ["dataset", "home", "a"]
+    assert [row[0] for row in rows(HOME)] == ["dataset", "home"]
 
 
 def test_title_names_what_the_table_holds():
-    assert title(HOME) == "Accuracy on home"
-    assert title(ONE_SHIFT) == "Accuracy on home and under 1 shift"
-    assert title(EVALUATION) == "Accuracy on home and under 3 shifts"
+    assert HOME.title == "Accuracy on home"
+    assert ONE_SHIFT.title == "Accuracy on home and under 1 shift"
+    assert EVALUATION.title == "Accuracy on home and under 3 shifts"
 
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_numbers_are_whole(width, capsys):
     names = ["digits", "digits-inverted", "digits-rotation"]
     evaluation = Evaluation([result(name, 1.0, acc5=1.0, nll=12.345) for name in names])
-    evaluation.show(Console(width=width))
+    show(evaluation, Console(width=width))
     printed = capsys.readouterr().out
     assert width < 100 or "…" not in printed  # a header may be cut where there is no room
     assert printed.count("100.0") == 2 * 5
@@ -80,16 +78,16 @@ def test_numbers_are_whole(width, capsys):
 
 def test_metrics_that_a_result_lacks_have_no_column():
     lacking = DatasetResult("old", "test", 10, "card (3)", {"acc1": 0.5, "ece": 0.2})
-    rows = evaluation_rows(Evaluation([EVALUATION.home, lacking]))
-    assert rows[0] == ["dataset", "images", "top-1 %", "ECE %"]
-    assert rows[2] == ["old", "10", "50.0", "20.0"]
+    shown = rows(Evaluation([EVALUATION.in_distribution, lacking]))
+    assert shown[0] == ["dataset", "images", "top-1 %", "ECE %"]
+    assert shown[2] == ["old", "10", "50.0", "20.0"]
 
 
 def test_caption_leaves_out_what_is_not_known():
-    assert caption(EVALUATION) == (
+    assert EVALUATION.caption() == (
         "model tiny, weights_sha256 0123456789ab, shots 16, split test, templates card (3)"
     )
-    assert caption(EVALUATION, {"seed": 3}) == "seed 3, split test, templates card (3)"
+    assert EVALUATION.caption({"seed": 3}) == "seed 3, split test, templates card (3)"
 
 
 def detailed():
@@ -109,16 +107,15 @@ def detailed():
 
 
 def test_markdown():
-    assert markdown_table([["a|b", "c"], ["1", "2"]]) == "| a\\|b | c |\n|---|---:|\n| 1 | 2 |\n"
-    page = evaluation_markdown(EVALUATION)
+    page = EVALUATION.markdown()
     assert page.startswith("# Accuracy on home and under 3 shifts\n")
     assert "| worst: b | 10 | 25.0 |" in page
-    assert caption(EVALUATION) in page
+    assert EVALUATION.caption() in page
     assert "confused" not in page
 
 
 def test_markdown_of_domains_and_confusions():
-    page = evaluation_markdown(Evaluation([detailed()]))
+    page = Evaluation([detailed()]).markdown()
     for line in (
         "| AUROC known against unknown % | 75.0 |",
         "| mean of domains, top-1 % | 45.0 |",
@@ -132,7 +129,7 @@ def test_markdown_of_domains_and_confusions():
 
 
 def test_the_terminal_shows_domains_and_what_was_asked_for(capsys):
-    Evaluation([detailed()]).show(Console(width=80))
+    show(Evaluation([detailed()]), Console(width=80))
     lines = capsys.readouterr().out.splitlines()
     for label, value in (
         ("AUROC known against unknown %", "75.0"),

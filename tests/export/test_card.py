@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,14 +11,14 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import yaml
-from helpers import tree
+from helpers import COLORS, tree, write_images
 
 from vlkr.cli import main
 from vlkr.errors import VlkrError
-from vlkr.evaluation.runs import load_run
 from vlkr.export.card import base_licence
-from vlkr.export.export import export
-from vlkr.export.exporter import load_subject
+from vlkr.export.export import export, load_input
+from vlkr.files import resource
+from vlkr.runs import RunFolder
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -123,7 +124,10 @@ def test_push_to_hub(run, hub, endpoint, tmp_path, capsys):
     output = tmp_path / "digits"
     arguments = ["export", "--run", run, "--output", output, "--push-to-hub", "me/digits"]
     assert main(list(map(str, arguments))) == 0
-    assert f"Pushed to {hub.address}/me/digits" in capsys.readouterr().out.replace("\n", "")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "(open_clip, float32). Compared on 19 test images: least cosine" in printed
+    assert "same predictions 100%" in printed
+    assert f"Pushed to {hub.address}/me/digits" in printed
     assert hub.files == tree(output)
     assert len(hub.large) == 2
     assert hub.created["name"] == "digits"
@@ -147,14 +151,14 @@ def test_a_push_that_fails_leaves_the_export(
     arguments = ["export", "--run", str(run), "--output", str(tmp_path / "out")]
     assert main([*arguments, "--push-to-hub", "me/digits"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"wrote {tmp_path / 'out'}, and could not push it to me/digits: " in line
+    assert f"wrote {tmp_path / 'out'}, but could not push it to me/digits: " in line
     assert "hf_secret" not in line
     assert (tmp_path / "out" / "vlkr_export.json").is_file()
 
 
 def test_no_token_is_told_before_anything_is_written(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("vlkr.export.hub.get_token", lambda: None)
-    with pytest.raises(VlkrError, match="no token of the hub to push with: set HF_TOKEN"):
+    monkeypatch.setattr("vlkr.export.card.get_token", lambda: None)
+    with pytest.raises(VlkrError, match="no token to push to the hub with: set HF_TOKEN"):
         export(run, tmp_path / "out", push_to_hub="me/digits")
     assert tree(tmp_path) == {}
 
@@ -187,7 +191,7 @@ def test_front_matter(card, digits_run):
 
 def test_card_tells_what_was_exported_and_from_what(card, digits_run):
     _, text = card
-    bundle, _ = load_run(digits_run)
+    bundle = RunFolder.open(digits_run).load_model()
     metrics = json.loads((digits_run / "metrics.json").read_text())["results"][0]
     for part in (
         f"| base weights, SHA-256 | {bundle.weights_hash} |",
@@ -202,16 +206,15 @@ def test_card_tells_what_was_exported_and_from_what(card, digits_run):
         f"vlkr export --run {digits_run.name} --format open_clip --output digits-clip "
         "--dtype float16",
         f"| digits | test | 510 | {100 * metrics['metrics']['acc1']:.1f} |",
-        "templates digits card (3), checkpoint last iteration",
+        "templates digits card (3), final checkpoint",
         'create_model_and_transforms("local-dir:digits-clip")',
     ):
         assert part in text, part
     assert str(digits_run.parent) not in text
 
 
-def test_metrics_of_full_strength_are_not_those_of_another(run, tmp_path):
-    export(run, tmp_path / "out", alpha=0.5)
-    _, front, text = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
+def test_metrics_of_full_strength_are_not_those_of_another(run, exported):
+    _, front, text = (exported(run, alpha=0.5).folder / "README.md").read_text().split("---\n", 2)
     assert "model-index" not in yaml.safe_load(front)
     assert "not at the strength of this export" in text
     assert "--alpha 0.5" in text
@@ -224,34 +227,51 @@ def test_command_of_the_card_names_the_folder_that_one_is_in(run, tmp_path, monk
     assert f"vlkr export --run {run.name} --format adapter --output out\n" in card
 
 
-def test_card_names_no_folders_of_this_machine(run, vit_run, tmp_path):
-    export(run, tmp_path / "out")
-    export(vit_run, tmp_path / "vit", format="timm")
-    for name, source in (("out", run), ("vit", vit_run)):
-        card = (tmp_path / name / "README.md").read_text()
-        assert str(source.parent) not in card
-        assert str(tmp_path.parents[1]) not in card
-    assert "The run was not measured." in card
+def test_card_names_no_folders_of_this_machine(run, vit_run, exported):
+    for source, name in ((run, "open_clip"), (vit_run, "timm")):
+        card = (exported(source, name).folder / "README.md").read_text()
+        assert str(source.parents[1]) not in card
+    assert "The run was not evaluated." in card
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["pipeline_tag"] == "image-classification"
     assert front["base_model"] == "timm/test_vit"
 
 
-@pytest.mark.parametrize(
-    ("readme", "licence"),
-    [
-        (None, None),
+def test_licence_of_the_base(write_model, make_run, tmp_path):
+    run = make_run(tmp_path / "run", write_model(tmp_path / "clip"))
+    source, _ = load_input(run, 1.0)
+    assert base_licence(source) is None
+    for readme, licence in (
         ("# No front matter\n", None),
         ("---\ntags: [clip]\n---\n# Clip\n", None),
         ("---\nlicense: apache-2.0\n---\n# Clip\n", "apache-2.0"),
         ("---\n: {\n---\n# Broken\n", None),
-    ],
-)
-def test_licence_of_the_base(readme, licence, write_model, make_run, tmp_path):
-    run = make_run(tmp_path / "run", write_model(tmp_path / "clip"))
-    if readme is not None:
+    ):
         (tmp_path / "clip" / "README.md").write_text(readme)
-    subject, _ = load_subject(run, 1.0)
-    assert base_licence(subject) == licence
-    subject.adapted.name, subject.adapted.pretrained = "ViT-B-32", "openai"
-    assert base_licence(subject) == "mit"
+        assert base_licence(source) == licence
+    source.adapted.name, source.adapted.pretrained = "ViT-B-32", "openai"
+    assert base_licence(source) == "mit"
+
+
+def test_card_names_the_data_and_what_was_drawn(small, make_run, exported, tmp_path):
+    data = {"name": f"digits={resource('data/digits')}", "shots": None, "fraction": 0.1}
+    folder = exported(make_run(tmp_path / "run", small, data=data), "adapter").folder
+    card = (folder / "README.md").read_text()
+    assert str(resource("data/digits")) not in card
+    assert "| data | digits, fraction 0.1, seed 1 |" in card
+    assert "| data licence | CC BY 4.0 |" in card
+    manifest = json.loads((folder / "vlkr_export.json").read_text())
+    assert manifest["data"] == {"name": "digits", "fraction": 0.1, "seed": 1}
+
+
+def test_names_in_the_card_are_neither_tags_nor_links_nor_cells(small, make_run, tmp_path):
+    images = write_images(tmp_path / "images")
+    for color, name in zip(COLORS, ("<b>red", "[x](y)", "a|b"), strict=True):
+        (images / color).rename(images / name)
+    data = {"name": None, "root": str(images)}
+    run = make_run(tmp_path / "run", small, data=data)
+    export(run, tmp_path / "<i>out", format="adapter")
+    text = (tmp_path / "<i>out" / "README.md").read_text().split("---\n", 2)[2]
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    assert "| classes | &lt;b>red, \\[x](y), a\\|b |" in prose
+    assert not re.search(r"<[a-z]|(?<!\\)\[", prose)

@@ -1,21 +1,27 @@
 """Each export, loaded by README's lines in a process where vlkr cannot be imported."""
 
+import itertools
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from export.outputs import outputs, prompts_of
 from helpers import ROOT
 from safetensors.torch import load_file, save_file
 
-from vlkr.adapters import set_adapter_scale
-from vlkr.evaluation.runs import load_run, run_dataset
+from vlkr.cli import main
 from vlkr.export.export import export
-from vlkr.models.zero_shot import class_embeddings
+from vlkr.runs import RunFolder
 
 SHARD = ROOT / "data" / "digits" / "test" / "0.tar"
 COUNT = 96
@@ -162,7 +168,9 @@ BLOCKED = {
 
 def reload(cwd, lines, run, blocked, count=COUNT):
     """Runs the lines that load exports, by the exports' names, and what a user does next."""
-    names, prompts, tokens = texts_of(run)
+    names, prompts = prompts_of(run)
+    bundle = RunFolder.open(run).load_model()
+    tokens = bundle.tokenizer(prompts).tolist() if bundle.has_text else []
     parts = [START]
     for name, (format_name, text) in lines.items():
         parts += [f"NAME = {name!r}\n", text, ENDS[format_name]]
@@ -188,42 +196,85 @@ def reload(cwd, lines, run, blocked, count=COUNT):
     return {name: dict(np.load(cwd / f"{name}.npz")) for name in lines}
 
 
-def texts_of(run):
-    """Class names, prompts and their token ids of a run's data."""
-    bundle, config = load_run(run)
-    dataset = run_dataset(config)
-    prompts = [t.replace("{c}", c) for c in dataset.class_names for t in dataset.templates]
-    tokens = bundle.tokenizer(prompts).tolist() if bundle.has_text else []
-    return list(dataset.class_names), prompts, tokens
-
-
-@torch.no_grad()
-def adapted(run, images, scale=1):
-    """What the adapted model computes, with its adapters on: features, texts, predictions."""
-    bundle, config = load_run(run)
-    set_adapter_scale(bundle.model, scale)
-    dataset = run_dataset(config)
-    pixels = torch.stack([bundle.preprocess(image) for image in images])
-    features = F.normalize(bundle.model.encode_image(pixels), dim=-1)
-    if bundle.has_text:
-        prompts = [t.replace("{c}", c) for c in dataset.class_names for t in dataset.templates]
-        tokens = bundle.tokenizer(prompts)
-        texts = F.normalize(bundle.model.encode_text(tokens), dim=-1)
-        classes = class_embeddings(
-            bundle.model, tokens.unflatten(0, (len(dataset.class_names), -1))
-        )
-    else:
-        texts, classes = None, bundle.head()
-    return features, texts, (features @ classes.T).argmax(1)
-
-
 def assert_same(found, run, images):
-    features, texts, predictions = adapted(run, images)
+    features, texts, logits = outputs(run, images)
     assert F.cosine_similarity(torch.tensor(found["features"]), features).min() >= 0.99999
     if "texts" in found:
         assert F.cosine_similarity(torch.tensor(found["texts"]), texts).min() >= 0.99999
     if "logits" in found:
-        assert torch.equal(torch.tensor(found["logits"]).argmax(1), predictions)
+        assert torch.equal(torch.tensor(found["logits"]).argmax(1), logits.argmax(1))
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory, make_run):
+    """The tiny CLIP with a random LoRA, big enough to be seen."""
+    folder = tmp_path_factory.mktemp("runs") / "digits-lora"
+    return make_run(folder, "tiny", adapter="lora", std=0.2, rank=4, alpha=2.0)
+
+
+class Exports:
+    """README's export section in a folder where its commands are run, each at most once.
+
+    ``python`` are the lines that load an export and ``options`` those of ``vlkr export``, by the
+    export's folder; ``rest`` is the other Python and ``predict`` the other commands; ``seconds``
+    is the CPU time of each export.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.python, self.options, self.seconds = {}, {}, {}
+        self.rest, self.predict = [], []
+        section = (ROOT / "README.md").read_text().split("\n## Export\n")[1].split("\n## ")[0]
+        blocks = re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)
+        commands = [line for kind, text in blocks if kind == "bash" for line in text.splitlines()]
+        for words in map(shlex.split, commands):
+            if words[1] == "export":
+                options = dict(zip(words[2::2], words[3::2], strict=True))
+                self.options[options["--output"]] = options
+            else:
+                self.predict.append(words)
+        for text in (text for kind, text in blocks if kind == "python"):
+            loaded = [name for name in self.options if re.search(rf'\b{name}["/]', text)]
+            loaded = [name for name in loaded if name != "base"]
+            if loaded:
+                self.python[loaded[0]] = text
+            else:
+                self.rest.append(text)
+
+    def call(self, words):
+        before = Path.cwd()
+        os.chdir(self.folder)
+        try:
+            assert words[0] == "vlkr"
+            return main(words[1:])
+        finally:
+            os.chdir(before)
+
+    def make(self, name):
+        """Runs README's command that writes this folder."""
+        if name not in self.seconds:
+            started = time.process_time()
+            words = ["vlkr", "export", *itertools.chain(*self.options[name].items())]
+            assert self.call(words) == 0
+            self.seconds[name] = time.process_time() - started
+        return self.folder / name
+
+    def run(self, name):
+        """The run that this folder is made from."""
+        return self.folder / self.options[name]["--run"]
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory, digits_run, lora_run, vit_run, digit_images):
+    """README's export section, ready to be run."""
+    folder = tmp_path_factory.mktemp("exports")
+    (folder / "runs").mkdir()
+    for name, run in {"digits": digits_run, "digits-lora": lora_run, "photos-vit": vit_run}.items():
+        (folder / "runs" / name).symlink_to(run)
+    (folder / "photos" / "deeper").mkdir(parents=True)
+    for i, image in enumerate(digit_images[:6]):
+        image.save(folder / "photos" / ("deeper" if i % 2 else ".") / f"{i}.png")
+    return Exports(folder)
 
 
 def without_blank_lines(text):
@@ -276,11 +327,10 @@ def test_the_rest_of_readme_runs(exports, capsys, monkeypatch):
 
 def test_the_adapted_models_differ_from_their_bases(digits_run, lora_run, vit_run, digit_images):
     for run in (digits_run, lora_run, vit_run):
-        features, _, predictions = adapted(run, digit_images)
-        before, _, base_predictions = adapted(run, digit_images, scale=0)
-        assert len(predictions.unique()) > 1
-        assert F.cosine_similarity(features, before).min() < 0.99
-        assert not torch.equal(predictions, base_predictions)
+        adapted, base = (outputs(run, digit_images, scale=scale) for scale in (1, 0))
+        assert len(adapted.logits.argmax(1).unique()) > 1
+        assert F.cosine_similarity(adapted.features, base.features).min() < 0.99
+        assert not torch.equal(adapted.logits.argmax(1), base.logits.argmax(1))
 
 
 @pytest.fixture(scope="module")

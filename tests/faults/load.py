@@ -38,12 +38,12 @@ class Seen:
 def evaluate_stream(folder, model):
     """The images of a split encoded batch by batch, as evaluation does."""
     from vlkr.datasets import load_dataset
-    from vlkr.evaluation.features import feature_batches, measured
+    from vlkr.evaluation.features import evaluation_mode, feature_batches
     from vlkr.models.loading import load_model
 
     seen = Seen()
     source = load_dataset(Path(folder)).source("test")
-    with measured(load_model(model), "cpu") as subject:
+    with evaluation_mode(load_model(model), "cpu") as subject:
         for part in feature_batches(subject, source, IMAGES_AT_A_TIME, 0, cache=False):
             seen.add(part.labels, part.keys)
     return vars(seen)
@@ -59,14 +59,14 @@ def fingerprint_stream(folder):
 
 def train_stream(folder, per_shard):
     """Few shots drawn from a split, then an epoch of all its images, augmented and shuffled."""
-    from vlkr.datasets import DataOptions, FewShotDataModule, load_dataset
+    from vlkr.datasets import DataConfig, FewShotDataModule, load_dataset
     from vlkr.datasets.pipelines import BadSamples
     from vlkr.datasets.streaming import BatchOrder, EpochPlan, StreamedBatches, TrainLoader
     from vlkr.datasets.transforms import TrainTransform, to_tensor
 
     dataset = load_dataset(Path(folder))
     dataset = replace(dataset, splits={"train": dataset.source("test")})
-    few = FewShotDataModule(dataset, DataOptions(shots=16), 1, to_tensor, to_tensor)
+    few = FewShotDataModule(dataset, DataConfig(shots=16), 1, to_tensor, to_tensor)
     source = dataset.source("train")
     counts = [int(per_shard)] * len(source.shards())
     plan = EpochPlan(counts, IMAGES_AT_A_TIME, 1, 1, seed=1, buffer=1024)
@@ -81,7 +81,7 @@ def train_stream(folder, per_shard):
 
 def embed(model, num_classes, num_templates):
     """Class embeddings, and the memory that they take beside what is there before."""
-    from vlkr.evaluation.zero_shot import _TEXTS_AT_A_TIME
+    from vlkr.evaluation.evaluate import _TEXTS_PER_BATCH
     from vlkr.models.loading import load_model
     from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
 
@@ -94,11 +94,11 @@ def embed(model, num_classes, num_templates):
     more = []
     with torch.inference_mode():
         # What is taken once: a whole chunk of texts, and what the allocator keeps of it.
-        class_embeddings(bundle.model, prompts[:_TEXTS_AT_A_TIME], _TEXTS_AT_A_TIME)
+        class_embeddings(bundle.model, prompts[:_TEXTS_PER_BATCH], _TEXTS_PER_BATCH)
         for _ in range(3):  # the system may give memory back or take it meanwhile, which adds to it
             Path("/proc/self/clear_refs").write_text("5")
             before = memory("VmRSS")
-            class_embeddings(bundle.model, prompts, _TEXTS_AT_A_TIME)
+            class_embeddings(bundle.model, prompts, _TEXTS_PER_BATCH)
             more.append(memory("VmHWM") - before)
     return {"tokens_mib": prompts.nbytes / 2**20, "more_mib": min(more)}
 

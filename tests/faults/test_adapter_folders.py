@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vlkr.adapters import ADAPTERS, add_adapters, load_adapter, merge_adapters, save_adapter
+from vlkr.adapters import ADAPTERS, add_adapters, load_adapter, merge_and_unload, save_adapter
 from vlkr.adapters.inject import adapter_state_dict
 from vlkr.adapters.registry import check_options
 from vlkr.errors import VlkrError
@@ -439,7 +439,7 @@ def test_any_shape_dtype_and_option_is_saved_loaded_and_merged_alike(tmp_path_fa
         x = torch.randn(3, sizes[0]).to(base[0].weight.dtype)
         with torch.no_grad():
             assert torch.equal(loaded(x), model(x))
-            merge_adapters(loaded)
+            merge_and_unload(loaded)
             assert type(loaded[0]) is nn.Linear
             precise = base[0].weight.dtype in (torch.float32, torch.float64)
             close = {"rtol": 1e-3, "atol": 1e-3} if precise else {"rtol": 0.1, "atol": 0.3}

@@ -3,16 +3,16 @@
 import os
 import shutil
 import subprocess
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import pytest
 import torch
 from filelock import FileLock
 from helpers import small_run, tree, write_images
 
+from vlkr.config import TrainerConfig
 from vlkr.errors import VlkrError
 from vlkr.files import atomic_file, atomic_folder, check_free, exclusive, write_text
-from vlkr.training.options import TrainerOptions
 
 pytestmark = pytest.mark.faults
 
@@ -91,13 +91,15 @@ def test_a_disk_that_is_read_only(tmp_path, small, colors, case):
 
 def test_images_that_vanish_are_told(tmp_path, small, case):
     root = write_images(tmp_path / "images", splits=("train", "test"))
-    from vlkr.datasets import load_dataset
+    from vlkr.datasets import BadSample, load_dataset
 
     dataset = load_dataset(root)
     for path in (root / "train" / "red").iterdir():
         path.unlink()
-    with case(DISK), pytest.raises(VlkrError, match=r"red/.*cannot be read from"):
-        list(dataset.source("train"))
+    with case(DISK):
+        bad = [s for s in dataset.source("train") if isinstance(s, BadSample)]
+        assert {s.key for s in bad} == {f"red/{i}.png" for i in range(12)}
+        assert all("cannot be read from" in s.reason for s in bad)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_a_half_written_checkpoint_is_refused_and_kept(
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path, case, is_long, unbroken):
-    from vlkr.training.checkpoints import check_checkpoint
+    from vlkr.training.trainer import check_checkpoint
 
     path = tmp_path / "last.ckpt"
     whole = (unbroken / CHECKPOINT).read_bytes()
@@ -141,24 +143,39 @@ def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path, case, is_long, unb
     check_checkpoint(path)
 
 
+REFUSED = {
+    "state_dict": (None, r"last\.ckpt is damaged"),
+    "optimizer_states": ([{}], r"last\.ckpt is damaged"),
+    "lr_schedulers": (None, r"last\.ckpt is damaged"),
+    "pytorch-lightning_version": (None, r"last\.ckpt is damaged"),
+    "base_sha256": (None, "base weights"),
+}
+HARMLESS = {"loops": {"fit_loop": {}}, "train_loader": {"epoch": "x"}, "global_step": None}
+
+
 def test_a_checkpoint_of_another_structure_is_refused(tmp_path, small, colors, case, unbroken):
-    from vlkr.training.checkpoints import SealedCheckpoints
+    from vlkr.training.trainer import SealedCheckpoints
+
+    def resume(changes):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(unbroken, tmp_path / "run")
+        SealedCheckpoints().save_checkpoint(saved | changes, tmp_path / "run" / CHECKPOINT)
+        small_run(tmp_path / "run", small, colors, resume=True)
 
     saved = torch.load(unbroken / CHECKPOINT, weights_only=True)
-    shutil.copytree(unbroken, tmp_path / "run")
-    lies = dict.fromkeys(saved)
-    lies |= {"optimizer_states": [{}], "loops": {"fit_loop": {}}, "train_loader": {"epoch": "x"}}
-    for key, value in lies.items():
-        if key in ("pytorch-lightning_version", "hparams_name", "hyper_parameters", "callbacks"):
-            continue
-        path = tmp_path / "run" / CHECKPOINT
-        SealedCheckpoints().save_checkpoint(saved | {key: value}, path)
-        with case("hostile files: checkpoint"), suppress(VlkrError):
-            small_run(tmp_path / "run", small, colors, resume=True)
+    for key, (value, message) in REFUSED.items():
+        with case("hostile files: checkpoint"), pytest.raises(VlkrError, match=message):
+            resume({key: value})
+    # Of a run that is finished nothing but the weights is used.
+    for changes in ({}, *({key: value} for key, value in HARMLESS.items())):
+        with case("hostile files: checkpoint"):
+            resume(changes)
+            adapter = "adapter/adapter_model.safetensors"
+            assert (tmp_path / "run" / adapter).read_bytes() == (unbroken / adapter).read_bytes()
 
 
 def test_a_pickled_checkpoint_is_never_run(tmp_path, small, colors, case, unbroken):
-    from vlkr.training.checkpoints import SealedCheckpoints
+    from vlkr.training.trainer import SealedCheckpoints
 
     class Bomb:
         def __reduce__(self):
@@ -190,7 +207,7 @@ def test_a_stale_lock_keeps_nobody_out(tmp_path, small, colors, case):
         lock.acquire()
         lock.release()
         (run / ".lock").touch()
-        trainer = TrainerOptions(epochs=1, accelerator="cpu", progress=False)
+        trainer = TrainerConfig(epochs=1, accelerator="cpu", progress=False)
         small_run(run, small, colors, trainer=trainer)
 
 

@@ -19,8 +19,8 @@ from PIL import Image
 from vlkr.cli import main
 from vlkr.comparison.engine import run_cells
 from vlkr.comparison.plan import Cell
-from vlkr.comparison.results import CONFIG, RESULT
-from vlkr.evaluation.zero_shot import _TEXTS_AT_A_TIME
+from vlkr.comparison.results import CellFolder
+from vlkr.evaluation.evaluate import _TEXTS_PER_BATCH
 from vlkr.files import read_json, write_json
 from vlkr.models.loading import load_model
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
@@ -151,7 +151,7 @@ def test_a_thousand_classes_and_eighty_templates(loaded, small, case):
         names = [f"thing {i}" for i in range(num_classes)]
         templates = [f"photo {i} of a {{c}}." for i in range(many)]
         prompts = tokenize_prompts(bundle.tokenizer, names, templates)
-        found = class_embeddings(bundle.model, prompts, _TEXTS_AT_A_TIME)
+        found = class_embeddings(bundle.model, prompts, _TEXTS_PER_BATCH)
         for name, embedding in zip(names, found, strict=True):
             tokens = bundle.tokenizer([template.replace("{c}", name) for template in templates])
             mean = bundle.model.encode_text(tokens, normalize=True).mean(0)
@@ -243,16 +243,16 @@ def test_a_thousand_finished_cells(loaded, small, colors, tmp_path, case):
     real = {}
     for cell in planned:
         folder = output / "cells" / cell.id
-        if cell.adapter.name not in real:
+        if cell.config.adapter.name not in real:
             run_cells(output, [cell.id])
-            real[cell.adapter.name] = folder
-        original = real[cell.adapter.name]
+            real[cell.config.adapter.name] = folder
+        original = real[cell.config.adapter.name]
         if folder != original:
             shutil.copytree(original, folder)
-        write_json(folder / CONFIG, {"hash": cell.hash, "cell": cell.to_json()})
-        found = read_json(original / RESULT)
-        score = 0.5 + 0.4 * (cell.optimizer.lr == best)
-        write_json(folder / RESULT, {**found, "hash": cell.hash, "val_acc1": score})
+        write_json(CellFolder(folder).config, {"hash": cell.hash, "cell": cell.to_json()})
+        found = read_json(CellFolder(original).result)
+        score = 0.5 + 0.4 * (cell.config.optimizer.lr == best)
+        write_json(CellFolder(folder).result, {**found, "hash": cell.hash, "val_acc1": score})
     with case("load: 1,000 finished cells"):
         taken = loaded("command", *arguments, "--jobs=0")
         case.figure(

@@ -19,10 +19,10 @@ from vlkr.models.clip import (
     image_size,
     load_clip,
     logit_scale,
-    pick_device,
     save_open_clip_folder,
 )
 from vlkr.models.names import absolute_names
+from vlkr.runtime import pick_device
 
 TEXTS = ["red", "a photo of a green thing.", "a very long text " * 20]
 

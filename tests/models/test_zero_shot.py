@@ -2,9 +2,9 @@ import open_clip
 import pytest
 import torch
 
+from vlkr.datasets.prompts import resolve_templates
 from vlkr.models import zero_shot
 from vlkr.models.clip import load_clip
-from vlkr.models.templates import resolve_templates
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
 
 NAMES = ["red", "green", "dark blue", "{c}"]

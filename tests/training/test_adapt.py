@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from vlkr.datasets import DataOptions
+from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
-from vlkr.models import loading
+from vlkr.training import recipe
 from vlkr.training.module import FewShotModule
-from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
 
 FILES = {
     "adapter/README.md",
@@ -47,8 +47,8 @@ def losses(run):
 @pytest.fixture(scope="module")
 def hundred_steps(tmp_path_factory, small, colors):
     output = tmp_path_factory.mktemp("runs") / "run"
-    data = DataOptions(root=colors, shots=4, batch_size=8, min_steps_per_epoch=10)
-    trainer = TrainerOptions(epochs=10, accelerator="cpu", progress=False)
+    data = DataConfig(root=colors, shots=4, batch_size=8, min_steps_per_epoch=10)
+    trainer = TrainerConfig(epochs=10, accelerator="cpu", progress=False)
     return small_run(output, small, colors, data=data, trainer=trainer)
 
 
@@ -61,7 +61,7 @@ def test_run_folder_is_whole(hundred_steps, small, colors):
     assert (config["model"], config["data"]["root"], config["seed"]) == (small, str(colors), 1)
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["parameters"] == hundred_steps.parameters
-    assert metrics["results"][0]["metrics"] == hundred_steps.evaluation.home.metrics
+    assert metrics["results"][0]["metrics"] == hundred_steps.evaluation.in_distribution.metrics
     assert "| colors |" in (run / "report.md").read_text()
     (event_file,) = events
     events = EventAccumulator(str(run / event_file)).Reload()
@@ -73,7 +73,7 @@ def test_loss_falls_and_the_classes_are_learnt(hundred_steps):
     found = losses(hundred_steps.output)
     assert len(found) == 100
     assert sum(found[-10:]) < 0.5 * sum(found[:10])
-    assert hundred_steps.evaluation.home.metrics["acc1"] > 0.9
+    assert hundred_steps.evaluation.in_distribution.metrics["acc1"] > 0.9
 
 
 def test_base_weights_are_bit_identical_after_100_steps(hundred_steps, small):
@@ -108,7 +108,7 @@ def test_seed_decides_everything(tmp_path, small, colors):
 
 def test_workers_change_nothing(tmp_path, small, colors):
     def run(name, workers):
-        data = DataOptions(
+        data = DataConfig(
             root=colors, shots=4, batch_size=8, min_steps_per_epoch=3, num_workers=workers
         )
         return adapter_bytes(small_run(tmp_path / name, small, colors, data=data).output)
@@ -126,7 +126,7 @@ def test_workers_change_nothing(tmp_path, small, colors):
 )
 def test_towers(tmp_path, small, colors, towers, prefixes):
     result = small_run(
-        tmp_path / "run", small, colors, adapter=AdapterOptions("lora", towers=towers)
+        tmp_path / "run", small, colors, adapter=AdapterConfig("lora", towers=towers)
     )
     assert {module.split(".")[0] for module in modules(result.output)} == prefixes
     trained = load_file(result.output / "adapter" / "adapter_model.safetensors")
@@ -136,7 +136,7 @@ def test_towers(tmp_path, small, colors, towers, prefixes):
 
 
 def test_bf16_mixed_trains_fp32_adapters(tmp_path, small, colors):
-    trainer = TrainerOptions(epochs=5, precision="bf16-mixed", accelerator="cpu", progress=False)
+    trainer = TrainerConfig(epochs=5, precision="bf16-mixed", accelerator="cpu", progress=False)
     result = small_run(tmp_path / "run", small, colors, trainer=trainer)
     tensors = load_file(result.output / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
@@ -148,7 +148,7 @@ def test_bf16_mixed_trains_fp32_adapters(tmp_path, small, colors):
 def test_budget_is_matched_and_the_size_kept(tmp_path, small, colors):
     kradapter = small_run(tmp_path / "a", small, colors)
     lora = small_run(
-        tmp_path / "b", small, colors, adapter=AdapterOptions("lora", match="kradapter")
+        tmp_path / "b", small, colors, adapter=AdapterConfig("lora", match="kradapter")
     )
     config = yaml.safe_load((tmp_path / "b" / "config.yaml").read_text())
     assert config["adapter"]["match"] is None
@@ -160,14 +160,14 @@ def test_budget_is_matched_and_the_size_kept(tmp_path, small, colors):
 
 def test_training_without_validation_images(tmp_path, small):
     root = write_images(tmp_path / "d", per_class=2, splits=("train", "test"))
-    data = DataOptions(root=root, shots=2, batch_size=8, min_steps_per_epoch=3)
+    data = DataConfig(root=root, shots=2, batch_size=8, min_steps_per_epoch=3)
     run = small_run(tmp_path / "run", small, root, data=data).output
     assert (run / "checkpoints" / "last.ckpt").is_file()
     assert len(losses(run)) == 6
 
 
 def test_gradients_are_accumulated(tmp_path, small, colors):
-    trainer = TrainerOptions(epochs=2, accumulate_grad_batches=3, accelerator="cpu", progress=False)
+    trainer = TrainerConfig(epochs=2, accumulate_grad_batches=3, accelerator="cpu", progress=False)
     run = small_run(tmp_path / "run", small, colors, trainer=trainer).output
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
@@ -175,7 +175,7 @@ def test_gradients_are_accumulated(tmp_path, small, colors):
 
 
 def test_force_leaves_nothing_of_the_run_before(tmp_path, small, colors):
-    adapter = AdapterOptions("lora", towers=["visual"])
+    adapter = AdapterConfig("lora", towers=["visual"])
     run = small_run(tmp_path / "run", small, colors, adapter=adapter).output
     (run / "notes.txt").write_text("mine")
     with pytest.raises(VlkrError, match="exists already; name another folder, or --resume"):
@@ -207,7 +207,7 @@ def test_relative_paths_are_made_absolute(tmp_path, small, colors, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("clip").symlink_to(small.removeprefix("local-dir:"))
     Path("images").symlink_to(colors)
-    data = DataOptions(root=Path("images"), shots=4, batch_size=8, min_steps_per_epoch=3)
+    data = DataConfig(root=Path("images"), shots=4, batch_size=8, min_steps_per_epoch=3)
     small_run(Path("run"), "clip", colors, data=data)
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert config["model"] == small
@@ -215,12 +215,12 @@ def test_relative_paths_are_made_absolute(tmp_path, small, colors, monkeypatch):
 
 
 def test_diverging_training_is_told(tmp_path, small, colors):
-    optimizer = OptimizerOptions(lr=1e30)
+    optimizer = OptimizerConfig(lr=1e30)
     with pytest.raises(VlkrError, match=r"the loss is nan at step 1 .*lower optimizer\.lr"):
         small_run(tmp_path / "a", small, colors, optimizer=optimizer)
     assert not (tmp_path / "a" / "adapter").exists()
-    data = DataOptions(root=colors, shots=4, batch_size=8, min_steps_per_epoch=1)
-    trainer = TrainerOptions(epochs=1, accumulate_grad_batches=2, accelerator="cpu", progress=False)
+    data = DataConfig(root=colors, shots=4, batch_size=8, min_steps_per_epoch=1)
+    trainer = TrainerConfig(epochs=1, accumulate_grad_batches=2, accelerator="cpu", progress=False)
     with pytest.raises(VlkrError, match="are not finite: its training diverged"):
         small_run(tmp_path / "b", small, colors, optimizer=optimizer, data=data, trainer=trainer)
     assert not (tmp_path / "b" / "metrics.json").exists()
@@ -232,9 +232,9 @@ def test_adapter_that_the_model_does_not_use_is_told(tmp_path, small, colors, mo
         bundle.model.spare = nn.Linear(4, 4)
         return bundle
 
-    load_model = loading.load_model
-    monkeypatch.setattr(loading, "load_model", load_with_spare_part)
-    adapter = AdapterOptions(targets=["q", "spare"])
+    load_model = recipe.load_model
+    monkeypatch.setattr(recipe, "load_model", load_with_spare_part)
+    adapter = AdapterConfig(targets=["q", "spare"])
     with pytest.raises(VlkrError, match="does not use the adapter on spare"):
         small_run(tmp_path / "run", small, colors, adapter=adapter)
 
@@ -242,24 +242,24 @@ def test_adapter_that_the_model_does_not_use_is_told(tmp_path, small, colors, mo
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter": AdapterOptions("krdapter")}, "unknown adapter 'krdapter'; did you mean"),
-        ({"adapter": AdapterOptions(options={"rank": 2})}, "has no option 'rank'"),
-        ({"adapter": AdapterOptions(targets=["zz"])}, "target 'zz' matches nothing"),
-        ({"adapter": AdapterOptions(towers=["vision"])}, "unknown tower 'vision'"),
-        ({"adapter": AdapterOptions(blocks=[7])}, "block 7 is out of range"),
-        ({"adapter": AdapterOptions("lora", match="zz")}, "unknown adapter 'zz'"),
-        ({"optimizer": OptimizerOptions(lr=float("nan"))}, r"optimizer\.lr nan is out of range"),
-        ({"optimizer": OptimizerOptions(lr=0)}, r"optimizer\.lr 0 is out of range"),
-        ({"optimizer": OptimizerOptions(lr=float("inf"))}, r"optimizer\.lr inf is out of range"),
-        ({"optimizer": OptimizerOptions(weight_decay=-1)}, "weight_decay -1 is out of range"),
-        ({"optimizer": OptimizerOptions(weight_decay=float("nan"))}, "weight_decay nan is out"),
-        ({"optimizer": OptimizerOptions(warmup_steps=-1)}, "warmup_steps -1 is out of range"),
-        ({"optimizer": OptimizerOptions(grad_clip=float("nan"))}, "grad_clip nan is out of range"),
-        ({"trainer": TrainerOptions(epochs=0)}, r"trainer\.epochs 0 is too small"),
-        ({"trainer": TrainerOptions(accumulate_grad_batches=0)}, "grad_batches 0 is too small"),
-        ({"trainer": TrainerOptions(accelerator="abacus")}, "'abacus' .*is not possible here"),
+        ({"adapter": AdapterConfig("krdapter")}, "unknown adapter 'krdapter'; did you mean"),
+        ({"adapter": AdapterConfig(options={"rank": 2})}, "has no option 'rank'"),
+        ({"adapter": AdapterConfig(targets=["zz"])}, "target 'zz' matches nothing"),
+        ({"adapter": AdapterConfig(towers=["vision"])}, "unknown tower 'vision'"),
+        ({"adapter": AdapterConfig(blocks=[7])}, "block 7 is out of range"),
+        ({"adapter": AdapterConfig("lora", match="zz")}, "unknown adapter 'zz'"),
+        ({"optimizer": OptimizerConfig(lr=float("nan"))}, r"optimizer\.lr is nan: .* less than"),
+        ({"optimizer": OptimizerConfig(lr=0)}, r"optimizer\.lr is 0: .* greater than 0"),
+        ({"optimizer": OptimizerConfig(lr=float("inf"))}, r"optimizer\.lr is inf: .* less than"),
+        ({"optimizer": OptimizerConfig(weight_decay=-1)}, "weight_decay is -1: "),
+        ({"optimizer": OptimizerConfig(weight_decay=float("nan"))}, "weight_decay is nan: "),
+        ({"optimizer": OptimizerConfig(warmup_steps=-1)}, "warmup_steps is -1: "),
+        ({"optimizer": OptimizerConfig(grad_clip=float("nan"))}, "grad_clip is nan: "),
+        ({"trainer": TrainerConfig(epochs=0)}, r"trainer\.epochs is 0: "),
+        ({"trainer": TrainerConfig(accumulate_grad_batches=0)}, "grad_batches is 0: "),
+        ({"trainer": TrainerConfig(accelerator="abacus")}, "'abacus' .*is not possible here"),
         (
-            {"trainer": TrainerOptions(accelerator="cpu", precision="16-mixed")},
+            {"trainer": TrainerConfig(accelerator="cpu", precision="16-mixed")},
             "'16-mixed' is not possible on this device, try 'bf16-mixed'",
         ),
         ({"seed": -1}, "seed -1 is out of range"),
@@ -278,7 +278,7 @@ def test_test_split_without_images_is_told_before_training(tmp_path, small):
     root = write_images(tmp_path / "d", per_class=1, splits=("train", "test"))
     for name in ("blue", "green", "red"):
         (root / "test" / name / "0.png").unlink()
-    data = DataOptions(root=root, shots=1)
+    data = DataConfig(root=root, shots=1)
     with pytest.raises(VlkrError, match="class 'blue' is empty"):
         small_run(tmp_path / "run", small, root, data=data)
     assert not (tmp_path / "run").exists()

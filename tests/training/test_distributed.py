@@ -11,11 +11,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 import vlkr
+from vlkr.config import OptimizerConfig
 from vlkr.datasets import few_shot_split, load_dataset
 from vlkr.datasets.pipelines import EpochSampler, FewShotImages, collate
 from vlkr.models.clip import load_clip
 from vlkr.training.module import FewShotModule
-from vlkr.training.options import OptimizerOptions
 from vlkr.training.trainer import quiet_lightning
 
 
@@ -32,7 +32,7 @@ def train(model, root, rank, world_size, strategy):
         collate_fn=collate,
     )
     module = FewShotModule(
-        bundle, dataset.class_names, dataset.templates, OptimizerOptions(), seed=1
+        bundle, dataset.class_names, dataset.templates, OptimizerConfig(), seed=1
     )
     with quiet_lightning():
         trainer = L.Trainer(

@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vlkr.cli import main
-from vlkr.datasets import DataOptions
+from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
 from vlkr.evaluation.interpolation import interpolate
-from vlkr.evaluation.runs import load_run, run_config, run_dataset
 from vlkr.models.vit import load_vit
-from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
+from vlkr.runs import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +48,11 @@ def test_it_learns_the_classes_and_is_measured(run):
 def test_loaded_again_it_measures_the_same(run, capsys):
     assert main(["evaluate", "--run", str(run.output), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
-    assert again["results"][0]["metrics"] == run.evaluation.home.metrics
+    assert again["results"][0]["metrics"] == run.evaluation.in_distribution.metrics
 
 
 def test_logits_are_scaled_cosines_to_the_class_embeddings(run, colors):
-    bundle, _ = load_run(run.output)
+    bundle = RunFolder.open(run.output).load_model()
     image = bundle.preprocess(Image.open(colors / "red" / "0.png").convert("RGB"))[None]
     with torch.no_grad():
         features = F.normalize(bundle.model.visual(image), dim=-1)
@@ -63,13 +63,13 @@ def test_logits_are_scaled_cosines_to_the_class_embeddings(run, colors):
 
 def test_interpolation_keeps_the_head(run, vit, colors):
     found = interpolate(run.output, alphas=[0, 1], device="cpu")
-    base, adapted = (point.evaluation.home for point in found.points)
-    assert adapted.metrics == run.evaluation.home.metrics
+    base, adapted = (point.evaluation.in_distribution for point in found.points)
+    assert adapted.metrics == run.evaluation.in_distribution.metrics
     assert adapted.templates == "none (classes learnt from images)"
     bundle = load_vit(vit)
     head = F.normalize(load_file(run.output / "head.safetensors")["weight"], dim=-1)
     correct = []
-    for sample in run_dataset(run_config(run.output)).source("test"):
+    for sample in RunFolder.open(run.output).dataset().source("test"):
         image = bundle.preprocess(Image.open(colors / sample.key).convert("RGB"))[None]
         with torch.no_grad():
             correct.append(bool((bundle.model.visual(image) @ head.T).argmax() == sample.label))
@@ -77,7 +77,7 @@ def test_interpolation_keeps_the_head(run, vit, colors):
 
 
 def test_the_head_starts_at_the_classes_mean_features(tmp_path, vit, colors):
-    options = OptimizerOptions(lr=1e-12, weight_decay=0)
+    options = OptimizerConfig(lr=1e-12, weight_decay=0)
     run = small_run(tmp_path / "run", vit, colors, optimizer=options).output
     split = [json.loads(line) for line in (run / "split.jsonl").read_text().splitlines()]
     bundle = load_vit(vit)
@@ -125,9 +125,9 @@ def test_zero_shot_of_a_model_without_text_is_refused(vit, colors, capsys):
 
 
 def test_adapters_can_match_a_budget(tmp_path, vit, colors):
-    adapter = AdapterOptions("lora", match="kradapter")
-    trainer = TrainerOptions(epochs=1, accelerator="cpu", progress=False)
-    data = DataOptions(root=colors, shots=1, batch_size=4, min_steps_per_epoch=1)
+    adapter = AdapterConfig("lora", match="kradapter")
+    trainer = TrainerConfig(epochs=1, accelerator="cpu", progress=False)
+    data = DataConfig(root=colors, shots=1, batch_size=4, min_steps_per_epoch=1)
     result = small_run(tmp_path / "run", vit, colors, adapter=adapter, trainer=trainer, data=data)
     assert result.evaluation.context["options"]["rank"] >= 1
 

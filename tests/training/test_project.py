@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vlkr
+from vlkr.config import AdapterConfig
 from vlkr.errors import VlkrError
 from vlkr.models.clip import load_clip
-from vlkr.training.options import AdapterOptions
-from vlkr.training.project import project_fine_tune
+from vlkr.training.recipe import project_fine_tune
 
 
 @pytest.fixture
@@ -31,13 +31,13 @@ def tuned(small, tmp_path):
 
 
 def test_a_low_rank_fine_tune_is_a_lora(small, tuned, tmp_path):
-    options = AdapterOptions("lora", targets=["qkv", "out", "fc1", "fc2"], options={"rank": 2})
+    options = AdapterConfig("lora", targets=["qkv", "out", "fc1", "fc2"], options={"rank": 2})
     result = project_fine_tune(tmp_path / "adapter", small, tuned, adapter=options)
     assert result.error < 1e-3
     json.dumps(result.to_json())
     bundle = load_clip(small)
     vlkr.load_adapter(bundle.model, tmp_path / "adapter")
-    vlkr.merge_adapters(bundle.model)
+    vlkr.merge_and_unload(bundle.model)
     plain = open_clip.create_model(tuned)
     for key, value in plain.state_dict().items():
         torch.testing.assert_close(bundle.model.state_dict()[key], value, atol=1e-5, rtol=1e-4)
@@ -49,7 +49,7 @@ def test_more_terms_miss_less(small, tuned, tmp_path):
             tmp_path / str(terms),
             small,
             tuned,
-            adapter=AdapterOptions("kradapter", options={"num_terms": terms}),
+            adapter=AdapterConfig("kradapter", options={"num_terms": terms}),
         ).error
         for terms in (1, 2, 4)
     ]
@@ -60,4 +60,4 @@ def test_more_terms_miss_less(small, tuned, tmp_path):
 
 def test_a_budget_is_refused(small, tmp_path):
     with pytest.raises(VlkrError, match=r"adapter\.match does not go with project"):
-        project_fine_tune(tmp_path / "out", small, small, adapter=AdapterOptions(match="lora"))
+        project_fine_tune(tmp_path / "out", small, small, adapter=AdapterConfig(match="lora"))

@@ -12,13 +12,13 @@ import yaml
 from helpers import small_run
 
 from vlkr.adapters.registry import ADAPTERS
-from vlkr.datasets import DataOptions
+from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
-from vlkr.training.checkpoints import SealedCheckpoints
 from vlkr.training.module import FewShotModule
-from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
+from vlkr.training.trainer import SealedCheckpoints
 
-TRAINER = TrainerOptions(epochs=4, accelerator="cpu", progress=False)
+TRAINER = TrainerConfig(epochs=4, accelerator="cpu", progress=False)
 
 
 def adapter_bytes(run):
@@ -45,9 +45,9 @@ def logged_steps(path):
 @pytest.mark.parametrize(
     "adapter",
     [
-        AdapterOptions("lora", options={"rank": 2, "dropout": 0.3}),
-        AdapterOptions("lora", towers=["visual"], options={"rank": 2, "dropout": 0.3}),
-        *map(AdapterOptions, sorted(ADAPTERS)),
+        AdapterConfig("lora", options={"rank": 2, "dropout": 0.3}),
+        AdapterConfig("lora", towers=["visual"], options={"rank": 2, "dropout": 0.3}),
+        *map(AdapterConfig, sorted(ADAPTERS)),
     ],
     ids=["lora with dropout", "lora with dropout, visual", *sorted(ADAPTERS)],
 )
@@ -71,7 +71,7 @@ def test_resumed_run_ends_as_an_unbroken_one(tmp_path, small, colors, monkeypatc
     result = small_run(run, small, colors, **options, resume=True)
     assert adapter_bytes(run) == adapter_bytes(whole)
     assert (run / "report.md").read_bytes() == (whole / "report.md").read_bytes()
-    assert result.evaluation.home.metrics["acc1"] > 0
+    assert result.evaluation.in_distribution.metrics["acc1"] > 0
     logs = run / "logs" / "csv"
     assert logged_steps(logs / "metrics.csv") == list(range(6, 12))
     assert logged_steps(logs / "metrics-2.csv") == [3, 4, 5, 6, 7]
@@ -94,14 +94,14 @@ def run(tmp_path_factory, small, colors):
     ("changes", "message"),
     [
         ({"seed": 2}, "seed is 2 now and was 1 in"),
-        ({"optimizer": OptimizerOptions(lr=1e-3)}, r"optimizer\.lr is 0\.001 now and was 0\.01"),
-        ({"adapter": AdapterOptions("lora")}, r"adapter\.name is lora now and was kradapter"),
+        ({"optimizer": OptimizerConfig(lr=1e-3)}, r"optimizer\.lr is 0\.001 now and was 0\.01"),
+        ({"adapter": AdapterConfig("lora")}, r"adapter\.name is lora now and was kradapter"),
         (
-            {"adapter": AdapterOptions(options={"scale": 1.0})},
+            {"adapter": AdapterConfig(options={"scale": 1.0})},
             r"adapter\.options\.scale is 1\.0 now and was None",
         ),
         ({"trainer": TRAINER}, r"trainer\.epochs is 4 now and was 2"),
-        ({"data": DataOptions(name="digits", shots=4, batch_size=8)}, r"data\.name is digits now"),
+        ({"data": DataConfig(name="digits", shots=4, batch_size=8)}, r"data\.name is digits now"),
     ],
 )
 def test_another_configuration_is_refused(run, small, colors, changes, message):
@@ -113,8 +113,8 @@ def test_another_configuration_is_refused(run, small, colors, changes, message):
 
 def test_progress_workers_and_device_may_change(run, small, colors, capfd):
     before = adapter_bytes(run)
-    data = DataOptions(root=colors, shots=4, batch_size=8, min_steps_per_epoch=3, num_workers=1)
-    trainer = TrainerOptions(epochs=2, accelerator="auto", progress=True)
+    data = DataConfig(root=colors, shots=4, batch_size=8, min_steps_per_epoch=3, num_workers=1)
+    trainer = TrainerConfig(epochs=2, accelerator="auto", progress=True)
     small_run(run, small, colors, resume=True, data=data, trainer=trainer)
     assert adapter_bytes(run) == before
     assert capfd.readouterr().out == ""
@@ -142,10 +142,10 @@ def test_checkpoint_of_other_weights_or_adapters_is_refused(run, small, colors):
     saved = torch.load(checkpoint, weights_only=True)
     try:
         SealedCheckpoints().save_checkpoint(saved | {"base_sha256": "0"}, checkpoint)
-        with pytest.raises(VlkrError, match="written for other base weights"):
+        with pytest.raises(VlkrError, match="written for different base weights"):
             small_run(run, small, colors, resume=True)
         SealedCheckpoints().save_checkpoint(saved | {"state_dict": {}}, checkpoint)
-        with pytest.raises(VlkrError, match="written for other adapters or targets"):
+        with pytest.raises(VlkrError, match="written for different adapters or targets"):
             small_run(run, small, colors, resume=True)
     finally:
         checkpoint.write_bytes(whole)
@@ -195,8 +195,8 @@ def test_killed_process_is_resumed_to_the_same_bytes(tmp_path, small, colors):
     assert 0 <= epoch < epochs - 1
     assert not (run / "adapter").exists()
     options = {
-        "adapter": AdapterOptions("lora", options={"rank": 2, "dropout": 0.3}),
-        "trainer": TrainerOptions(epochs=epochs, accelerator="cpu", progress=False),
+        "adapter": AdapterConfig("lora", options={"rank": 2, "dropout": 0.3}),
+        "trainer": TrainerConfig(epochs=epochs, accelerator="cpu", progress=False),
     }
     small_run(run, small, colors, **options, resume=True)
     whole = small_run(tmp_path / "whole", small, colors, **options).output
@@ -205,7 +205,7 @@ def test_killed_process_is_resumed_to_the_same_bytes(tmp_path, small, colors):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_process_ends_soon_and_says_how_to_go_on(tmp_path, small, colors, number):
+def test_interrupted_process_ends_soon_and_says_resume_hint(tmp_path, small, colors, number):
     run = tmp_path / "run"
     with start(run, small, colors, 10_000) as process:
         wait_for(run / "checkpoints" / "last.ckpt", process)

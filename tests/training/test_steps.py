@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 import vlkr
+from vlkr.config import OptimizerConfig
 from vlkr.models.clip import load_clip
 from vlkr.training.module import FewShotModule
-from vlkr.training.options import OptimizerOptions
 
 NAMES = tuple(f"thing {i}" for i in range(12))
 
@@ -17,7 +17,7 @@ def module(small):
     vlkr.add_adapters(bundle.model, "kradapter")
     for p in vlkr.adapter_parameters(bundle.model):
         nn.init.normal_(p, std=0.1)
-    options = OptimizerOptions()
+    options = OptimizerConfig()
     return FewShotModule(bundle, NAMES, ("a {c}.",), options, seed=1, classes_per_step=5)
 
 
@@ -57,22 +57,22 @@ def test_accumulated_batches_train_as_one_composition_or_many(small, colors, tmp
         def begin(self):
             pass
 
-    from vlkr.datasets import DataOptions
-    from vlkr.training.adapt import adapt
-    from vlkr.training.options import TrainerOptions
+    from vlkr.config import TrainerConfig
+    from vlkr.datasets import DataConfig
+    from vlkr.training.recipe import adapt
 
     def run(name):
-        data = DataOptions(
+        data = DataConfig(
             root=colors, shots=2, batch_size=2, min_steps_per_epoch=5, crop_scale=(1.0, 1.0)
         )
-        trainer = TrainerOptions(
+        trainer = TrainerConfig(
             epochs=2, accumulate_grad_batches=2, progress=False, accelerator="cpu"
         )
         result = adapt(tmp_path / name, small, data=data, trainer=trainer)
         return vlkr.adapter_state_dict(result.bundle.model)
 
     once = run("once")
-    monkeypatch.setattr(training, "ComposedOnce", Never)
+    monkeypatch.setattr(training, "ComposedWeightCache", Never)
     many = run("many")
     moved = max(t.abs().max() for key, t in once.items() if key.endswith(".u"))
     assert moved > 1e-4

@@ -1,6 +1,6 @@
 """Adapters: the methods, their hosts, and what is done with them."""
 
-from vlkr.adapters.accumulation import ComposedOnce
+from vlkr.adapters.accumulation import ComposedWeightCache
 from vlkr.adapters.base import Adapter
 from vlkr.adapters.budget import Budget, match_budget
 from vlkr.adapters.checkpoint import load_adapter, save_adapter
@@ -12,10 +12,11 @@ from vlkr.adapters.inject import (
     adapter_state_dict,
     add_adapters,
     merge_adapters,
+    merge_and_unload,
     merged,
     remove_adapters,
+    set_adapter,
     set_adapter_scale,
-    use_adapters,
 )
 from vlkr.adapters.kradapter import KRAdapter
 from vlkr.adapters.krona import KronA
@@ -32,7 +33,7 @@ __all__ = [
     "Adapter",
     "BitFit",
     "Budget",
-    "ComposedOnce",
+    "ComposedWeightCache",
     "DoRA",
     "Full",
     "KRAdapter",
@@ -51,11 +52,12 @@ __all__ = [
     "load_authors_kradapter",
     "match_budget",
     "merge_adapters",
+    "merge_and_unload",
     "merged",
     "project",
     "project_model",
     "remove_adapters",
     "save_adapter",
+    "set_adapter",
     "set_adapter_scale",
-    "use_adapters",
 ]

@@ -25,11 +25,13 @@ class Adapter(nn.Module, ABC):
     #: the option that :func:`vlkr.match_budget` turns to meet a parameter count, if there is one.
     budget_option: ClassVar[str | None] = None
     #: ``forward`` is cheaper than a product with the composed weight, so hosts call it.
-    factored: ClassVar[bool] = False
+    has_low_rank_forward: ClassVar[bool] = False
     #: has ``factor_gradients``, so hosts do without a graph through ``delta``.
-    explicit: bool = False
+    has_factor_gradients: bool = False
     #: the change is one of the bias, ``(out_features)``, and not of the weight.
     adapts_bias: ClassVar[bool] = False
+    #: the change depends on the base weight, so that ``delta`` needs it.
+    needs_weight: ClassVar[bool] = False
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -77,7 +79,7 @@ class Adapter(nn.Module, ABC):
         """
         raise NotImplementedError
 
-    def start(self, weight: Tensor) -> None:
+    def init_from_weight(self, weight: Tensor) -> None:
         """Sets what depends on the base weight, so that the change is zero on it."""
 
     @property

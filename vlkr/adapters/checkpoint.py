@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from vlkr.adapters.base import Adapter
+from vlkr.adapters.compose import Slot, base_parameter
 from vlkr.adapters.foreign import peft_lora, read_tensors, tensor_shapes, within
-from vlkr.adapters.inject import attach, hosts, placed_adapters, set_adapter_scale
-from vlkr.adapters.linear import Slot
+from vlkr.adapters.hosts import adapter_layers, weights_hash
+from vlkr.adapters.inject import inject_adapters, injected_adapters, set_adapter_scale
 from vlkr.adapters.registry import adapter_class, check_options, registered_name
 from vlkr.adapters.targets import Target
 from vlkr.errors import VlkrError
-from vlkr.files import atomic_folder, read_json, write_json, write_text
-from vlkr.hashing import file_hash, json_hash, weights_hash
+from vlkr.files import atomic_folder, json_sha256, read_json, sha256_of, write_json, write_text
 from vlkr.version import __version__
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -52,8 +52,8 @@ def save_adapter(
     Raises:
         VlkrError: if there are no such adapters, or the folder cannot be written.
     """
-    placed = placed_adapters(model, adapter_name)
-    if any(host.is_merged for _, host in hosts(model)):
+    placed = injected_adapters(model, adapter_name)
+    if any(host.is_merged for _, host in adapter_layers(model)):
         raise VlkrError("the adapters are merged for now; save them outside of merged(model)")
     method = registered_name(placed[0].adapter)
     options = placed[0].adapter.options()
@@ -87,8 +87,8 @@ def save_adapter(
             safetensors.torch.save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
         except SafetensorError as error:
             raise VlkrError(f"cannot write {folder}: {error}") from error
-        config["model_sha256"] = file_hash(temporary / _WEIGHTS)
-        write_json(temporary / _CONFIG, {**config, "config_sha256": json_hash(config)})
+        config["model_sha256"] = sha256_of(temporary / _WEIGHTS)
+        write_json(temporary / _CONFIG, {**config, "config_sha256": json_sha256(config)})
         write_text(temporary / "README.md", _card(config, sum(t.numel() for t in tensors.values())))
 
 
@@ -121,7 +121,7 @@ def load_adapter(
         raise VlkrError(f"no adapter folder at {folder}")
     config = read_json(within(folder, _CONFIG))
     if "modules" not in config and "target_modules" in config:
-        attach(model, peft_lora(model, config, folder), adapter_name)
+        inject_adapters(model, peft_lora(model, config, folder), adapter_name)
         return
     _check_hashes(config, folder)
     scale = config.get("scale", 1.0)
@@ -142,20 +142,20 @@ def load_adapter(
     for target, adapter in made:
         prefix = _prefix(target)
         adapter.load_state_dict({key: tensors[prefix + key] for key in adapter.state_dict()})
-    attach(model, made, adapter_name)
+    inject_adapters(model, made, adapter_name)
     set_adapter_scale(model, float(scale), adapter_name)
 
 
 def _check_hashes(config: dict[str, Any], folder: Path) -> None:
     """Names the file that is not as it was written."""
     own = {key: value for key, value in config.items() if key != "config_sha256"}
-    if config.get("config_sha256") != json_hash(own):
+    if config.get("config_sha256") != json_sha256(own):
         raise VlkrError(
             f"{folder / _CONFIG} is damaged or was changed: its config_sha256 is not that of its "
             "other entries"
         )
     try:
-        found = file_hash(within(folder, _WEIGHTS))
+        found = sha256_of(within(folder, _WEIGHTS))
     except OSError as error:
         raise VlkrError(f"cannot read {folder / _WEIGHTS}: {error.strerror}") from error
     if found != config.get("model_sha256"):
@@ -230,7 +230,7 @@ def _check_fit(
     modules = dict(model.named_modules())
     for target, adapter in made:
         try:
-            weight = modules[target.module].get_parameter(target.slot.parameter)
+            weight = base_parameter(modules[target.module], target.slot.parameter)
         except (KeyError, AttributeError):
             weight = None
         if weight is None or tuple(target.slot.select(weight).shape) != adapter.shape:

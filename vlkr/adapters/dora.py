@@ -25,7 +25,8 @@ class DoRA(LoRA):
     3072
     """
 
-    factored = False
+    has_low_rank_forward = False
+    needs_weight = True
 
     def __init__(
         self,
@@ -40,7 +41,7 @@ class DoRA(LoRA):
         self.magnitude = nn.Parameter(torch.ones(out_features))
 
     @torch.no_grad()
-    def start(self, weight: Tensor) -> None:
+    def init_from_weight(self, weight: Tensor) -> None:
         """Sets ``magnitude`` to the norms of the base weight's rows."""
         self.magnitude.copy_(weight.to(self.magnitude.dtype).norm(dim=1))
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vlkr.adapters.base import Adapter
-from vlkr.adapters.inject import attach
+from vlkr.adapters.inject import inject_adapters
 from vlkr.adapters.kradapter import KRAdapter
 from vlkr.adapters.lora import LoRA
 from vlkr.adapters.targets import Target, candidates
@@ -203,5 +203,5 @@ def load_authors_kradapter(
         made.append((target, adapter))
     if not made:
         raise VlkrError("the state dict holds no .v_weight of a KRAdapter layer")
-    attach(model, made, adapter_name)
+    inject_adapters(model, made, adapter_name)
     return [target for target, _ in made]

@@ -63,7 +63,7 @@ class KRAdapter(Adapter):
         self.rule = rule
         self.num_terms = num_terms
         self.num_factors = num_factors
-        self.explicit = num_factors == 2
+        self.has_factor_gradients = num_factors == 2
         short, long = sorted((in_features, out_features))
         sizes = _factor_sizes(short, long, rule, num_factors)
         self.u = nn.Parameter(torch.zeros(num_terms, short, sizes[0]))
@@ -93,7 +93,7 @@ class KRAdapter(Adapter):
 
     def add_delta(self, weight: Tensor, base: Tensor, scale: float, out: Tensor) -> None:
         """Product and sum in one pass over the weight."""
-        if not self.explicit:
+        if not self.has_factor_gradients:
             super().add_delta(weight, base, scale, out)
             return
         for u, v in zip(self.u, self.v, strict=True):

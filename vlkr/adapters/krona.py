@@ -30,7 +30,7 @@ class KronA(Adapter):
     """
 
     budget_option = "num_terms"
-    factored = True
+    has_low_rank_forward = True
 
     def __init__(
         self, in_features: int, out_features: int, *, scale: float = 1.0, num_terms: int = 1

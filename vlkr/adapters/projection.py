@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vlkr.adapters.base import Adapter
-from vlkr.adapters.inject import attach
+from vlkr.adapters.compose import base_parameter
+from vlkr.adapters.inject import inject_adapters
 from vlkr.adapters.kradapter import KRAdapter
 from vlkr.adapters.lora import LoRA
 from vlkr.adapters.registry import adapter_class, check_options
@@ -114,7 +115,7 @@ def project_model(
     modules = dict(model.named_modules())
     for target in find_targets(model, targets, towers, blocks):
         key = f"{target.module}.{target.slot.parameter}".lstrip(".")
-        base = modules[target.module].get_parameter(target.slot.parameter)
+        base = base_parameter(modules[target.module], target.slot.parameter)
         if key not in tuned or tuned[key].shape != base.shape:
             found = tuple(tuned[key].shape) if key in tuned else "nothing"
             raise VlkrError(f"the tuned model has {found} at {key}, expected {tuple(base.shape)}")
@@ -131,5 +132,5 @@ def project_model(
             )
         )
         made.append((target, adapter))
-    attach(model, made)
+    inject_adapters(model, made)
     return report

@@ -25,7 +25,7 @@ class SinLoRA(LoRA):
     30720
     """
 
-    factored = False
+    has_low_rank_forward = False
 
     def __init__(
         self,

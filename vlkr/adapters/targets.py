@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from vlkr.adapters.linear import Slot
+from vlkr.adapters.compose import Slot, base_parameter
 from vlkr.errors import VlkrError
 
 SHORT_NAMES = ("q", "k", "v", "qkv", "out", "fc1", "fc2")
@@ -102,7 +102,7 @@ def candidates(model: nn.Module) -> Iterator[Target]:
         if module in inside:
             continue
         for name, slot in _attention_slots(module):
-            out_features, in_features = slot.select(module.get_parameter(slot.parameter)).shape
+            out_features, in_features = slot.select(base_parameter(module, slot.parameter)).shape
             yield Target(path, slot, name, in_features, out_features)
             inside.add(module.get_submodule(slot.parameter.rpartition(".")[0]))
         if isinstance(module, nn.Linear):

@@ -32,7 +32,7 @@ class VeRA(Adapter):
     """
 
     budget_option = "rank"
-    factored = True
+    has_low_rank_forward = True
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What a grid would compute: cells, images, parameters and steps, without computing any."""
+"""The size of a grid: cells, images, parameters and steps, without computing any."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
 from torch import nn
 
-from vlkr.adapters import find_targets, match_budget
+from vlkr.adapters import find_targets
 from vlkr.adapters.registry import adapter_class
 from vlkr.adapters.targets import bias_targets
-from vlkr.comparison.plan import PROBE, Cell, Plan
-from vlkr.datasets import DataOptions, Dataset
+from vlkr.comparison.plan import Cell, Plan
+from vlkr.datasets import DataConfig, Dataset
 from vlkr.errors import VlkrError
-from vlkr.evaluation.report import rich_table
-from vlkr.models.loading import load_shapes
+from vlkr.reporting.table import Table, caption, value_range
 
 UNKNOWN = "unknown"
-_MOST_REASONS = 3
+_MAX_REASONS = 3
 
 
 @dataclass(frozen=True)
@@ -30,52 +28,51 @@ class DryRun:
 
     Attributes:
         plan: of the grid.
-        rows: the table.
-        cells: number of them.
-        steps: of training, all cells together; None where a dataset is not at hand.
-        missing: datasets and models that are not at hand, and why; the sizes of a dataset are
-            then its card's.
+        table: sizes by method.
+        cells: number of cells.
+        steps: training steps of all cells together; None where a dataset is missing.
+        missing: datasets and models that cannot be read, and why; the sizes of a dataset are then
+            its card's.
     """
 
+    exit_code = 0
+
     plan: Plan
-    rows: list[list[str]]
+    table: Table
     cells: int
     steps: int | None
     missing: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for a program."""
-        header, *rows = self.rows
         return {
             **self.plan.context,
             "cells": self.cells,
             "steps": self.steps,
-            "plan": [dict(zip(header, row, strict=True)) for row in rows],
+            "plan": [dict(zip(self.table.header, row, strict=True)) for row in self.table.rows],
             "missing": self.missing,
             "ids": [cell.id for cell in self.plan.cells],
         }
 
-    def show(self, console: Console) -> None:
-        """Prints the plan."""
-        console.print(rich_table(self.rows, f"Plan of vlkr {self.plan.command}"))
+    def tables(self) -> list[Table]:
+        """Returns the table."""
+        return [self.table]
+
+    def lines(self) -> list[str]:
+        """Returns totals, the context and what is missing."""
         steps = UNKNOWN if self.steps is None else f"{self.steps:,}"
-        console.print(f"{self.cells} cells, {steps} training steps in all", highlight=False)
-        context = ", ".join(f"{key} {value}" for key, value in self.plan.context.items())
-        console.print(context, style="dim", highlight=False, markup=False)
-        if len(self.missing) > _MOST_REASONS:
-            text = f"not at hand: {', '.join(self.missing)} (--json tells why)"
-            console.print(text, highlight=False, markup=False)
-            return
-        for name, reason in self.missing.items():
-            console.print(f"not at hand: {name} ({reason})", highlight=False, markup=False)
+        lines = [f"{self.cells} cells, {steps} training steps in all", caption(self.plan.context)]
+        if len(self.missing) > _MAX_REASONS:
+            return [*lines, f"not at hand: {', '.join(self.missing)} (--json tells why)"]
+        return lines + [f"not at hand: {name} ({why})" for name, why in self.missing.items()]
 
 
 def dry_run(plan: Plan) -> DryRun:
-    """Sizes a plan. Of data that is not at hand the card tells, or nothing does."""
+    """Sizes a plan, from its data or else from the data's card."""
     sizes = _Sizes()
     cells = {cell.id: cell for cell in plan.cells}
-    header = ["method", "cells", "parameters", "training images", "steps a cell"]
-    rows = [[*header, "measured images"]]
+    header = ("method", "cells", "parameters", "training images", "steps a cell")
+    rows = []
     for method in dict.fromkeys(entry.method for entry in plan.entries):
         ids = [
             cell
@@ -85,29 +82,14 @@ def dry_run(plan: Plan) -> DryRun:
             for cell in (*candidate.cells, *(reading.cell for reading in candidate.readings))
         ]
         own = [cells[cell] for cell in dict.fromkeys(ids)]
-        rows.append(
-            [
-                method,
-                str(len(own)),
-                _span([sizes.parameters(cell) for cell in own]),
-                _span([sizes.train_images(cell) for cell in own]),
-                _span([sizes.steps(cell) for cell in own]),
-                _span([sizes.measured(cell) for cell in own]),
-            ]
-        )
+        columns = (sizes.parameters, sizes.train_images, sizes.steps, sizes.measured)
+        ranges = (value_range([size(cell) for cell in own], UNKNOWN) for size in columns)
+        rows.append((method, str(len(own)), *ranges))
     steps = [sizes.steps(cell) for cell in plan.cells]
     total = None if None in steps else sum(step or 0 for step in steps)
-    return DryRun(plan, rows, len(cells), total, sizes.missing)
-
-
-def _span(values: list[int | None]) -> str:
-    """One number, or the least and the largest.
-
-    >>> _span([10, 1000, 10]), _span([None])
-    ('10 to 1,000', 'unknown')
-    """
-    known = sorted({value for value in values if value is not None})
-    return " to ".join(f"{v:,}" for v in dict.fromkeys([known[0], known[-1]])) if known else UNKNOWN
+    title = f"Plan of vlkr {plan.command}"
+    table = Table(title, (*header, "measured images"), tuple(rows))
+    return DryRun(plan, table, len(cells), total, sizes.missing)
 
 
 class _Sizes:
@@ -132,18 +114,20 @@ class _Sizes:
                 self.missing[name] = str(error)
         return self.known[key]
 
-    def dataset(self, data: DataOptions) -> Dataset | None:
+    def dataset(self, data: DataConfig) -> Dataset | None:
         about = {**asdict(data), "shots": 1, "min_steps_per_epoch": 1}
         key = json.dumps(about, sort_keys=True, default=str)
         name = str(data.root or data.name)
-        found: Dataset | None = self._once(key, name, data.load, data.described)
-        return found
+        dataset: Dataset | None = self._once(key, name, data.load, data.described)
+        return dataset
 
     def model(self, name: str) -> nn.Module | None:
-        found: nn.Module | None = self._once(f"model {name}", name, lambda: load_shapes(name))
-        return found
+        from vlkr.models.loading import load_shapes  # imports open_clip
 
-    def images(self, data: DataOptions, split: str) -> int | None:
+        model: nn.Module | None = self._once(f"model {name}", name, lambda: load_shapes(name))
+        return model
+
+    def images(self, data: DataConfig, split: str) -> int | None:
         dataset = self.dataset(data)
         if dataset is None:
             return None
@@ -153,70 +137,63 @@ class _Sizes:
     def train_images(self, cell: Cell) -> int | None:
         if cell.seed is None or cell.run is not None:
             return 0
-        dataset = self.dataset(cell.data)
+        dataset = self.dataset(cell.config.data)
         if dataset is None:
             return None
-        if cell.data.fraction is not None:
-            images = self.images(cell.data, "train")
-            return None if images is None else round(cell.data.fraction * images)
-        groups = max(1, len(dataset.domains)) if cell.data.per_domain else 1
-        wanted = cell.data.shots * len(dataset.class_names) * groups
-        there = self.images(cell.data, "train")
-        return wanted if there is None else min(wanted, there)
+        if cell.config.data.fraction is not None:
+            images = self.images(cell.config.data, "train")
+            return None if images is None else round(cell.config.data.fraction * images)
+        groups = max(1, len(dataset.domains)) if cell.config.data.per_domain else 1
+        wanted = cell.config.data.shots * len(dataset.class_names) * groups
+        available = self.images(cell.config.data, "train")
+        return wanted if available is None else min(wanted, available)
 
     def steps(self, cell: Cell) -> int | None:
-        """Of the optimizer: batches over the epochs, as the sampler cuts them."""
+        """Optimizer steps: batches over the epochs, as the sampler cuts them."""
         images = self.train_images(cell)
-        if images == 0 or cell.kind == PROBE:
+        if images == 0 or cell.kind == "probe":
             return 0
         if images is None:
             return None
-        batches = max(cell.data.min_steps_per_epoch, math.ceil(images / cell.data.batch_size))
-        return cell.trainer.epochs * math.ceil(batches / cell.trainer.accumulate_grad_batches)
+        batches = max(
+            cell.config.data.min_steps_per_epoch, math.ceil(images / cell.config.data.batch_size)
+        )
+        return cell.config.trainer.epochs * math.ceil(
+            batches / cell.config.trainer.accumulate_grad_batches
+        )
 
     def measured(self, cell: Cell) -> int | None:
-        numbers = [self.images(chosen.data, chosen.split) for chosen in cell.sets]
+        numbers = [self.images(eval_set.data, eval_set.split) for eval_set in cell.sets]
         return None if None in numbers else sum(number or 0 for number in numbers)
 
     def parameters(self, cell: Cell) -> int | None:
         if cell.seed is None or cell.run is not None:
             return 0
-        model = self.model(cell.model)
+        model = self.model(cell.config.model)
         if model is None:
             return None
-        if cell.kind == PROBE:
+        if cell.kind == "probe":
             return self._classifier(cell, model, bias=1)
-        adapter, options = cell.adapter, dict(cell.adapter.options)
-        key = json.dumps([cell.model, asdict(adapter), dict(cell.match_options)], sort_keys=True)
+        adapter = cell.config.adapter
+        key = json.dumps([cell.config.model, asdict(adapter), cell.match_options], sort_keys=True)
 
         def count() -> int:
-            place = adapter.place()
-            if adapter.match is not None:
-                budget = match_budget(
-                    adapter.name,
-                    model,
-                    adapter.match,
-                    **place,
-                    to_options=dict(cell.match_options),
-                    **options,
-                )
-                return budget.parameters
-            cls = adapter_class(adapter.name)
-            targets = find_targets(model, **place)
-            targets = bias_targets(model, targets) if cls.adapts_bias else targets
-            return sum(
-                cls.num_parameters(t.in_features, t.out_features, **options) for t in targets
-            )
+            resolved = cell.config.resolved(model, cell.match_options).adapter
+            method = adapter_class(resolved.name)
+            targets = find_targets(model, **resolved.place())
+            targets = bias_targets(model, targets) if method.adapts_bias else targets
+            sizes = ((target.in_features, target.out_features) for target in targets)
+            return sum(method.num_parameters(*size, **resolved.options) for size in sizes)
 
-        found: int | None = self._once(key, adapter.name, count)
-        if found is None or hasattr(model, "encode_text"):
-            return found
-        learnt = self._classifier(cell, model, bias=0)
-        return None if learnt is None else found + learnt
+        number: int | None = self._once(key, adapter.name, count)
+        if number is None or hasattr(model, "encode_text"):
+            return number
+        learned = self._classifier(cell, model, bias=0)
+        return None if learned is None else number + learned
 
     def _classifier(self, cell: Cell, model: nn.Module, bias: int) -> int | None:
-        """Parameters of a linear classifier on image features, ``bias`` of them a class."""
-        dataset, width = self.dataset(cell.data), _embed_dim(model)
+        """Parameters of a linear classifier on image features, ``bias`` of them per class."""
+        dataset, width = self.dataset(cell.config.data), _embed_dim(model)
         if dataset is None or width is None:
             return None
         return (width + bias) * len(dataset.class_names)

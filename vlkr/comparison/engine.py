@@ -1,95 +1,118 @@
-"""Computing the cells of a plan: here, in processes side by side, or on a cluster."""
+"""The grid engine: from a plan to its report, in this process, in workers, or on a cluster."""
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from vlkr.comparison.dry_run import DryRun, dry_run
+from vlkr.comparison.methods import check_grid
+from vlkr.comparison.options import GridConfig
 from vlkr.comparison.plan import Cell, Plan
-from vlkr.comparison.results import ERROR, RESULT, is_finished, write_error
+from vlkr.comparison.report import Report
+from vlkr.comparison.results import CellFolder, GridResults, read_results
 from vlkr.errors import VlkrError
 from vlkr.files import check_free, read_json, write_json
+from vlkr.reporting.table import Table
+from vlkr.runtime import progress_bar
 
-PLAN, CELLS = "plan.json", "cells"
+PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
-class CellsDone:
-    """What ``--cell`` computed.
+class CellStates:
+    """What ``--cell`` computed: the state of each cell by its id."""
 
-    Attributes:
-        cells: ids, and how each of them stands.
-        output: folder of the grid.
-    """
+    exit_code = 0
 
     cells: dict[str, str]
-    output: Path
 
     def to_json(self) -> dict[str, Any]:
         """The cells."""
         return {"cells": self.cells}
 
-    def show(self, console: Console) -> None:
-        """Prints a line a cell."""
-        for cell, state in self.cells.items():
-            console.print(f"{cell}: {state}", highlight=False, markup=False)
+    def tables(self) -> list[Table]:
+        """No table."""
+        return []
+
+    def lines(self) -> list[str]:
+        """Returns a line per cell."""
+        return [f"{cell}: {state}" for cell, state in self.cells.items()]
 
 
-def cell_folder(output: Path, cell: str) -> Path:
-    """Where a cell lies."""
-    return output / CELLS / cell
+def run_grid(
+    grid: GridConfig,
+    output: Path,
+    make_plan: Callable[[], Plan],
+    make_report: Callable[[GridResults], Report],
+) -> Report | CellStates | DryRun:
+    """Plans, computes, collects and reports; or does the one part that the options ask for.
 
+    Args:
+        grid: options.
+        output: folder of the grid.
+        make_plan: returns the cells.
+        make_report: returns tables and plots of their results.
 
-def state(output: Path, cell: str) -> str:
-    """``finished``, ``failed: ...`` or ``not finished``."""
-    folder = cell_folder(output, cell)
-    if (folder / RESULT).is_file():
-        return "finished"
-    if (folder / ERROR).is_file():
-        return f"failed: {read_json(folder / ERROR)['message']}"
-    return "not finished"
+    Raises:
+        VlkrError: for an option or a dataset that cannot be, before anything is written.
+    """
+    if grid.cell:
+        return run_cells(output, grid.cell)
+    check_grid(grid)
+    plan = make_plan()
+    if grid.dry_run:
+        return dry_run(plan)
+    for eval_set in {repr(s): s for cell in plan.cells for s in cell.sets}.values():
+        eval_set.load()
+    run_plan(plan, output, jobs=grid.jobs, launcher=grid.launcher, force=grid.force)
+    report = make_report(read_results(plan, output))
+    report.write()
+    return report
 
 
 def run_plan(
     plan: Plan, output: Path, *, jobs: int = 1, launcher: str = "local", force: bool = False
 ) -> None:
-    """Computes all cells that are not finished; those that fail leave a note of it.
+    """Computes all cells that are not finished; those that fail record why.
 
     Args:
         plan: what to compute.
-        output: folder of the grid; gets ``plan.json`` and a folder a cell.
+        output: folder of the grid; gets ``plan.json`` and a folder per cell.
         jobs: processes; 0 computes nothing.
         launcher: ``local`` or a scheduler's command.
-        force: compute cells again whose configuration has changed.
+        force: recompute cells whose configuration has changed.
 
     Raises:
-        VlkrError: if the folder holds something else, or cells of another configuration.
-        KeyboardInterrupt: on Ctrl-C, saying how to go on.
+        VlkrError: if the folder holds something else, or cells of a different configuration.
+        KeyboardInterrupt: on Ctrl-C, saying how to resume.
     """
     if not (output / PLAN).is_file():
         check_free(output, hint="name the folder of an earlier grid")
     left = []
     for cell in plan.cells:
-        folder = cell_folder(output, cell.id)
+        folder = CellFolder.of(output, cell.id)
         try:
-            finished = is_finished(folder, cell)
+            finished = folder.is_finished(cell)
         except VlkrError:
             if not force:
                 raise
-            (folder / RESULT).unlink()
+            folder.result.unlink()
             finished = False
         if not finished:
             left.append(cell)
@@ -100,23 +123,24 @@ def run_plan(
     if jobs == 0 or not left:
         return
     for cell in left:
-        (cell_folder(output, cell.id) / ERROR).unlink(missing_ok=True)
+        CellFolder.of(output, cell.id).error.unlink(missing_ok=True)
     try:
         if launcher != "local":
-            _launch(plan.command, left, output, jobs, launcher)
+            _run_by_launcher(plan.command, left, output, jobs, launcher)
         elif jobs == 1:
             _run_here(left, output)
         else:
-            _run_beside(plan.command, left, output, min(jobs, len(left)))
+            _run_in_workers(left, output, min(jobs, len(left)))
     except KeyboardInterrupt as error:
-        done = sum(state(output, cell.id) == "finished" for cell in plan.cells)
+        states = [CellFolder.of(output, cell.id).state for cell in plan.cells]
         raise KeyboardInterrupt(
-            f"{done} of {len(plan.cells)} cells are finished, the same command goes on from there"
+            f"{states.count('finished')} of {len(states)} cells are finished, the same command "
+            "resumes from there"
         ) from error
 
 
-def run_cells(output: Path, ids: Sequence[str]) -> CellsDone:
-    """Computes cells of a plan on disk: what other processes and a cluster's jobs do.
+def run_cells(output: Path, ids: Sequence[str]) -> CellStates:
+    """Computes cells of a plan on disk, as the jobs of a cluster do.
 
     Args:
         output: folder of the grid.
@@ -124,42 +148,44 @@ def run_cells(output: Path, ids: Sequence[str]) -> CellsDone:
             computed by another process.
 
     Raises:
-        VlkrError: for a folder without a plan, an unknown cell, or one that was named and failed.
+        VlkrError: for a folder without a plan, an unknown cell, or a named one that failed.
     """
-    from vlkr.comparison.cell import forget_model, run_cell
+    from vlkr.comparison.cell import forget_model, run_cell  # imports Lightning
 
     path = output / PLAN
     if not path.is_file():
         raise VlkrError(f"no plan in {output}; start without --cell first")
-    found = {cell["id"]: cell for cell in read_json(path)["cells"]}
+    planned = {cell["id"]: cell for cell in read_json(path)["cells"]}
     for name in ids:
-        if name not in found and name != "all":
-            raise VlkrError(f"no cell {name!r} in {path}, expected one such as {next(iter(found))}")
+        if name not in planned and name != "all":
+            example = next(iter(planned))
+            raise VlkrError(f"no cell {name!r} in {path}, expected one such as {example}")
     every = "all" in ids
-    chosen = list(found) if every else list(ids)
-    for name in chosen:
-        if not every or state(output, name) == "not finished":
-            run_cell(Cell.from_json(found[name]), cell_folder(output, name))
+    folders = {name: CellFolder.of(output, name) for name in (planned if every else ids)}
+    for name, folder in folders.items():
+        if not every or folder.state == "not finished":
+            run_cell(Cell.from_json(planned[name]), folder)
     forget_model()
-    done = {name: state(output, name) for name in chosen}
-    failed = [f"cell {name} {text}" for name, text in done.items() if text.startswith("failed")]
+    states = {name: folder.state for name, folder in folders.items()}
+    failed = [f"cell {name} {state}" for name, state in states.items() if "failed" in state]
     if failed and not every:
         raise VlkrError(failed[0])
-    return CellsDone(done, output)
+    return CellStates(states)
 
 
 def _run_here(cells: Sequence[Cell], output: Path) -> None:
-    from vlkr.comparison.cell import forget_model, run_cell  # a report needs none of it
+    from vlkr.comparison.cell import forget_model, run_cell  # imports Lightning
 
     console = Console(stderr=True)
     started = time.perf_counter()
     for i, cell in enumerate(cells):
+        folder = CellFolder.of(output, cell.id)
         each = (time.perf_counter() - started) / i if i else None
         rest = f", about {_duration(each * (len(cells) - i))} left" if each is not None else ""
         console.print(f"cell {i + 1} of {len(cells)}{rest}: [bold]{cell.id}[/]", highlight=False)
-        run_cell(cell, cell_folder(output, cell.id))
-        if (text := state(output, cell.id)).startswith("failed"):
-            console.print(f"cell {cell.id} {text}", style="red", highlight=False, markup=False)
+        run_cell(cell, folder)
+        if (state := folder.state).startswith("failed"):
+            console.print(f"cell {cell.id} {state}", style="red", highlight=False, markup=False)
     forget_model()
 
 
@@ -172,80 +198,124 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-def _command(command: str, output: Path, cell: str) -> list[str]:
-    return [sys.executable, "-m", "vlkr", command, "--output", str(output), "--cell", cell]
+@dataclass
+class _Worker:
+    """A process that computes the cells that it is sent, one after another."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    log: Path
+    cell: Cell | None = None
+
+    def send(self, cell: Cell | None, output: Path) -> None:
+        """Gives it a cell to compute; None lets it end."""
+        self.cell = cell
+        with suppress(OSError):  # it has died, which the next wait reports
+            self.connection.send(None if cell is None else (cell, CellFolder.of(output, cell.id)))
 
 
-def _run_beside(command: str, cells: Sequence[Cell], output: Path, jobs: int) -> None:
-    """Processes that take cells in turn; one that dies is replaced, and its cell has failed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    logs = output / "logs"
+def _run_in_workers(cells: Sequence[Cell], output: Path, jobs: int) -> None:
+    """Gives workers the cells in turn; one that dies is replaced, and its cell has failed."""
+    logs = output.resolve() / "logs"
     logs.mkdir(exist_ok=True)
-    with ExitStack() as stack:
-
-        def start(number: int) -> subprocess.Popen[bytes]:
-            log = stack.enter_context((logs / f"process-{number}.log").open("ab"))
-            return subprocess.Popen(
-                _command(command, output.resolve(), "all"),
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,
-            )
-
-        progress = stack.enter_context(_progress())
+    waiting = deque(cells)
+    with progress_bar() as progress, _stopping() as processes:
         task = progress.add_task("cells", total=len(cells))
-        processes = {number: start(number) for number in range(1, jobs + 1)}
-        stack.callback(lambda: _stop(processes.values()))
-        while processes:
-            time.sleep(0.2)
-            for number, process in list(processes.items()):
-                if process.poll() is None:
-                    continue
-                del processes[number]
-                if process.returncode != 0:
-                    log = logs / f"process-{number}.log"
-                    if not _blame(cells, output, process, log):
-                        raise VlkrError(f"a process could not start, see {log}")
-                    processes[number] = start(number)
-            states = [state(output, cell.id) for cell in cells]
-            progress.update(task, completed=len(states) - states.count("not finished"))
+        numbers = range(1, jobs + 1)
+        workers = [_start_worker(n, logs / f"process-{n}.log", processes) for n in numbers]
+        busy = {worker.connection: worker for worker in workers}
+        while busy:
+            for connection in wait(list(busy)):
+                assert isinstance(connection, Connection)
+                worker = busy.pop(connection)
+                is_alive = True
+                try:
+                    connection.recv()  # it is ready for a cell
+                except (EOFError, OSError):
+                    is_alive = False
+                    _blame(worker, output)
+                progress.advance(task, worker.cell is not None)
+                if not is_alive and waiting:
+                    worker = _start_worker(worker.number, worker.log, processes)
+                    busy[worker.connection] = worker
+                elif is_alive:
+                    worker.send(waiting.popleft() if waiting else None, output)
+                    if worker.cell is not None:
+                        busy[connection] = worker
 
 
-def _blame(
-    cells: Sequence[Cell], output: Path, process: subprocess.Popen[bytes], log: Path
-) -> bool:
-    """Records the failure of the cell that a process was at; False if there was none."""
-    for cell in cells:
-        folder = cell_folder(output, cell.id)
-        owner = folder / "pid"
-        if owner.is_file() and owner.read_text().strip() == str(process.pid):
-            code = process.returncode
-            how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-            write_error(folder, "ProcessDied", f"its process ended with {how}, see {log}")
-            owner.unlink()
-            return True
-    return False
+def _start_worker(number: int, log: Path, processes: list[subprocess.Popen[bytes]]) -> _Worker:
+    """Starts a plain interpreter, so that nothing of the caller's ``__main__`` is run again."""
+    ours, theirs = Pipe()
+    with log.open("ab") as file, theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"import {__name__} as e; e.work({theirs.fileno()})"],
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+    processes.append(process)
+    return _Worker(number, process, ours, log)
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]] | Any) -> None:
-    """Asks processes to end, and kills those that do not."""
-    processes = list(processes)
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def work(descriptor: int) -> None:
+    """Computes the cells that come through a pipe, in a process of its own.
+
+    Args:
+        descriptor: of the pipe's end.
+    """
+    from vlkr.comparison.cell import run_cell  # imports Lightning
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with Connection(descriptor) as connection, suppress(EOFError, OSError, KeyboardInterrupt):
+        connection.send("ready")
+        while (task := connection.recv()) is not None:
+            run_cell(*task)
+            connection.send("ready")
+    gc.freeze()  # the process ends at once, without a search for garbage
 
 
-def _launch(command: str, cells: Sequence[Cell], output: Path, jobs: int, launcher: str) -> None:
+def _blame(worker: _Worker, output: Path) -> None:
+    """Records the failure of the cell that a worker died at."""
+    code = worker.process.wait()
+    if worker.cell is None:
+        raise VlkrError(f"a process could not start, see {worker.log}")
+    folder = CellFolder.of(output, worker.cell.id)
+    if folder.state == "not finished":
+        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        folder.fail("ProcessDied", f"its process ended with {how}, see {worker.log}")
+
+
+@contextmanager
+def _stopping() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Yields a list for processes; waits for their end, which an error asks of them at once."""
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        yield processes
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
+    finally:
+        for process in processes:
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _run_by_launcher(
+    command: str, cells: Sequence[Cell], output: Path, jobs: int, launcher: str
+) -> None:
     """Hands every cell's command to the launcher, ``jobs`` at a time."""
+    program = [sys.executable, "-m", "vlkr", command, "--output", str(output.resolve()), "--cell"]
 
     def submit(cell: Cell) -> None:
-        own = shlex.join(_command(command, output.resolve(), cell.id))
+        own = shlex.join([*program, cell.id])
         arguments = [
             word.replace("{command}", own).replace("{cell}", cell.id)
             for word in shlex.split(launcher)
@@ -256,31 +326,14 @@ def _launch(command: str, cells: Sequence[Cell], output: Path, jobs: int, launch
             failed = done.returncode != 0
         except OSError as error:
             failed, reason = True, f"{arguments[0]}: {error.strerror}"
-        if failed and state(output, cell.id) == "not finished":
-            write_error(cell_folder(output, cell.id), "LauncherFailed", reason[-2000:])
+        folder = CellFolder.of(output, cell.id)
+        if failed and folder.state == "not finished":
+            folder.fail("LauncherFailed", reason[-2000:])
 
-    _in_parallel(submit, cells, jobs)
-
-
-def _in_parallel(function: Callable[[Cell], None], cells: Sequence[Cell], jobs: int) -> None:
-    with _progress() as progress, ThreadPoolExecutor(jobs) as pool:
+    with progress_bar() as progress, ExitStack() as stack:
         task = progress.add_task("cells", total=len(cells))
-        futures = [pool.submit(function, cell) for cell in cells]
-        try:
-            for future in futures:
-                future.add_done_callback(lambda _: progress.advance(task))
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _progress() -> Progress:
-    return Progress(
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+        pool = ThreadPoolExecutor(jobs)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        for future in as_completed([pool.submit(submit, cell) for cell in cells]):
+            future.result()
+            progress.advance(task)

@@ -2,149 +2,127 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vlkr.comparison.outcomes import Collected
-from vlkr.comparison.plan import ZERO_SHOT
-from vlkr.evaluation.plots import plot_reliability, save_figure
-from vlkr.evaluation.report import DatasetResult, ReliabilityBin
+from vlkr.comparison.plan import Place
+from vlkr.comparison.results import GridResults
+from vlkr.reporting import figures
+from vlkr.reporting.figures import GRAY, Bin, Line
 
-#: a method's values in a place, one a seed.
-At = Callable[[str, dict[str, Any]], list[float]]
-
-
-def colors(collected: Collected) -> dict[str, Any]:
-    """A colour a method; gray for zero-shot."""
-    palette = matplotlib.colormaps["tab10"]
-    found: dict[str, Any] = {}
-    for method in collected.methods:
-        kinds = {
-            r.cell.kind for o in collected.outcomes if o.entry.method == method for r in o.results
-        }
-        found[method] = "#9a9a9a" if kinds == {ZERO_SHOT} else palette(len(found) % 10)
-    return found
+#: a method's values in a place, one per seed.
+At = Callable[[str, Place], list[float]]
 
 
 def plot_over_shots(
-    collected: Collected, shots: Sequence[int], panels: Mapping[str, At], path: Path
+    results: GridResults, shots: Sequence[int], panels: Mapping[str, At], path: Path
 ) -> None:
-    """Top-1 accuracy over shots: a line a method, a band of one standard deviation over seeds.
+    """Plots top-1 accuracy over shots: a line per method, a band of one standard deviation.
 
     Args:
-        collected: the grid's outcomes.
+        results: of the grid.
         shots: on the x axis.
         panels: title and what to show there.
         path: of the PNG.
     """
-    figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure, grid = figures.panels(len(panels), 4.6, 3.8, len(panels))
     for axes, (title, at) in zip(grid, panels.items(), strict=True):
-        for method, color in colors(collected).items():
-            points = [(s, v) for s in shots if (v := at(method, {"shots": s}))]
-            x = [s for s, _ in points]
-            mean = [100 * statistics.mean(v) for _, v in points]
-            off = [100 * statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in points]
-            style = "--" if color == "#9a9a9a" else "o-"
-            axes.plot(x, mean, style, color=color, label=method, markersize=4)
-            low, high = ([m + sign * o for m, o in zip(mean, off, strict=True)] for sign in (-1, 1))
-            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+        lines = []
+        for method, color in _colors(results).items():
+            points = {number: v for number in shots if (v := at(method, {"shots": number}))}
+            means = [100 * statistics.mean(v) for v in points.values()]
+            deviations = [100 * statistics.stdev(v) if len(v) > 1 else 0 for v in points.values()]
+            style = "--" if color == GRAY else "o-"
+            lines.append(Line(method, list(points), means, deviations, color, style))
+        figures.lines(axes, lines, markersize=4)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(list(shots), [str(s) for s in shots])
+        axes.set_xticks(list(shots), [str(number) for number in shots])
         axes.minorticks_off()
         axes.set_xlabel("shots")
         axes.set_title(title, loc="left", fontsize=10)
-        _plain(axes)
+        figures.plain(axes, grid=True)
     grid[0].set_ylabel("top-1 accuracy, %")
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
-def plot_home_against_shift(
-    collected: Collected,
-    places: Sequence[dict[str, Any]],
-    home: At,
-    shift: At,
+def plot_shift(
+    results: GridResults,
+    places: Sequence[Place],
+    in_distribution: At,
+    under_shift: At,
     labels: tuple[str, str],
     path: Path,
 ) -> None:
-    """Accuracy at home against that under shift: a point a place, a line through a method's."""
+    """Plots accuracy under shift over that in-distribution: a point per place, a line per method.
+
+    Args:
+        results: of the grid.
+        places: in the grid.
+        in_distribution: accuracies on the x axis.
+        under_shift: accuracies on the y axis.
+        labels: of the axes.
+        path: of the PNG.
+    """
     figure = Figure(figsize=(5.2, 4.6), layout="constrained")
     axes = figure.subplots()
-    for method, color in colors(collected).items():
-        pairs = [(home(method, place), shift(method, place)) for place in places]
-        means = [[100 * statistics.mean(v) for v in pair] for pair in pairs if all(pair)]
-        points = list(dict.fromkeys(map(tuple, means)))
-        if not points:
-            continue
-        x, y = zip(*points, strict=True)
-        axes.plot(x, y, "o-", color=color, label=method, markersize=5, linewidth=1)
+    for method, color in _colors(results).items():
+        pairs = [(in_distribution(method, place), under_shift(method, place)) for place in places]
+        points = dict.fromkeys(
+            (100 * statistics.mean(x), 100 * statistics.mean(y)) for x, y in pairs if x and y
+        )
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, "o-", color=color, label=method, markersize=5, linewidth=1)
     axes.axis(axes.axis())  # the diagonal does not widen what is shown
     axes.axline((50, 50), slope=1, color="black", linewidth=0.6, linestyle=":")
     axes.set_xlabel(f"{labels[0]}, top-1 %")
     axes.set_ylabel(f"{labels[1]}, top-1 %")
-    _plain(axes)
+    figures.plain(axes, grid=True)
     figure.legend(loc="outside lower center", ncols=4)
-    save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
 def plot_bars(
-    collected: Collected, rows: Mapping[str, Callable[[str], list[float]]], path: Path
+    results: GridResults, groups: Mapping[str, Callable[[str], list[float]]], path: Path
 ) -> None:
-    """Bars of top-1 accuracy, a group a row, a colour a method, whiskers over seeds."""
-    figure = Figure(figsize=(max(6.0, 1.2 * len(rows) + 2), 4), layout="constrained")
+    """Plots bars of top-1 accuracy, a group per label, a color per method, whiskers over seeds."""
+    figure = Figure(figsize=(max(6.0, 1.2 * len(groups) + 2), 4), layout="constrained")
     axes = figure.subplots()
-    shown = colors(collected)
-    width = 0.84 / len(shown)
-    for i, (method, color) in enumerate(shown.items()):
-        offset = (i - (len(shown) - 1) / 2) * width
-        values = [(j, v) for j, at in enumerate(rows.values()) if (v := at(method))]
-        axes.bar(
-            [j + offset for j, _ in values],
-            [100 * statistics.mean(v) for _, v in values],
-            width,
-            yerr=[100 * statistics.stdev(v) if len(v) > 1 else math.nan for _, v in values],
-            error_kw={"linewidth": 0.8},
-            capsize=2,
-            color=color,
-            label=method,
-        )
-    axes.set_xticks(range(len(rows)), list(rows), rotation=20 if len(rows) > 4 else 0, fontsize=8)
-    axes.set_ylabel("top-1 accuracy, %")
-    axes.set_ylim(0, 100)
-    _plain(axes)
+    values = {method: [at(method) for at in groups.values()] for method in results.methods}
+    figures.bars(axes, list(groups), values, _colors(results))
+    figures.plain(axes, grid=True)
     figure.legend(loc="outside lower center", ncols=5)
-    save_figure(figure, path)
+    figures.save_figure(figure, path)
 
 
-def plot_calibration(collected: Collected, place: dict[str, Any], name: str, path: Path) -> None:
-    """A reliability diagram a method with results, on one set, each with its first seed."""
-    results = []
-    for method in collected.methods:
-        outcome = collected.at(method, place)
-        if outcome is not None:
-            found = outcome.results[0].sets[name]
-            results.append(
-                DatasetResult(
-                    f"{method} on {name}",
-                    found["split"],
-                    found["images"],
-                    found["templates"],
-                    found["metrics"],
-                    reliability=[ReliabilityBin(**part) for part in found["reliability"]],
-                )
-            )
-    plot_reliability(results, path)
+def plot_calibration(results: GridResults, place: Place, name: str, path: Path) -> None:
+    """Plots a reliability diagram per method with results, on one set, each with its first seed."""
+    diagrams = {}
+    for method in results.methods:
+        runs = results.at(method, place)
+        if runs is None:
+            continue
+        record = runs.results[0].sets[name]
+        images, ece = record["images"], 100 * record["metrics"]["ece"]
+        title = f"{method} on {name}\n{images} images, ECE {ece:.1f} %"
+        diagrams[title] = [
+            Bin(b["lower"], b["upper"], b["confidence"], b["accuracy"], b["images"] / images)
+            for b in record["reliability"]
+        ]
+    figures.reliability(path, diagrams)
 
 
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.5)
-    axes.set_axisbelow(True)
+def _colors(results: GridResults) -> dict[str, Any]:
+    """A color per method; gray for zero-shot."""
+    gray = [
+        method
+        for method in results.methods
+        if {r.cell.kind for runs in results.of_method(method) for r in runs.results}
+        == {"zero-shot"}
+    ]
+    return figures.method_colors(results.methods, gray)

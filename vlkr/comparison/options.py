@@ -1,24 +1,27 @@
-"""The options that all grids share."""
+"""The options that all grids share. Their help needs them, so nothing heavy is imported here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from vlkr.comparison.plan import PROBE, ZERO_SHOT
-from vlkr.datasets import DataOptions
-from vlkr.training.options import OptimizerOptions, TrainerOptions
+from vlkr.config import OptimizerConfig, TrainerConfig
+from vlkr.datasets import DataConfig
+
+ZERO_SHOT, PROBE = "zero-shot", "probe"
+Selection = Literal["training-domain", "leave-one-domain-out", "oracle"]
+"""How ``dg`` chooses settings."""
 
 
 @dataclass(frozen=True)
-class MethodOptions:
+class MethodConfig:
     """A method of a grid.
 
     Args:
         name: ``zero-shot``, ``probe`` (logistic regression on frozen image features), or an
             adapter such as ``kradapter``; ``full`` trains the same weights fully.
-        label: in tables; the name by default.
-        options: of the adapter, e.g. ``{rank: 8}``.
+        label: name in tables; by default the name and its options.
+        options: options of the adapter, e.g. ``{rank: 8}``.
         lrs: learning rates to choose from, in place of the grid's.
         epochs: numbers of epochs to choose from, in place of the grid's.
     """
@@ -31,41 +34,41 @@ class MethodOptions:
 
 
 @dataclass(frozen=True)
-class GridOptions:
-    """What ``compare``, ``dg`` and ``transfer`` have in common.
+class GridConfig:
+    """The options that ``compare``, ``dg`` and ``transfer`` have in common.
 
     Args:
         model: ``tiny``, an open_clip name, ``hf-hub:org/repo``, ``local-dir:/path`` or
             ``timm:NAME``.
-        pretrained: open_clip's tag or a path of weights.
+        pretrained: open_clip tag or path of weights.
         methods: names, or mappings with ``name``, ``label``, ``options``, ``lrs``, ``epochs``.
         reference: label of the method that the others are compared with.
         budget: ``match METHOD`` gives every adapter whose size can be chosen that method's
             parameter count; ``own`` leaves all as they are.
-        seeds: of the few-shot split, the initial factors, the order and the augmentation.
+        seeds: random seeds for split, initialization, shuffling and augmentation.
         lrs: learning rates to choose from on validation; ``optimizer.lr`` by default.
         epochs: numbers of epochs to choose from on validation; ``trainer.epochs`` by default.
         steps_per_shot: train for this many steps times shots, spread over the epochs, in place of
             ``data.min_steps_per_epoch``.
         targets: short names (``q k v qkv out fc1 fc2``) or shell patterns of module names.
-        towers: one or more of ``visual``, ``text`` and, of CoCa, ``decoder``.
+        towers: one or more of ``visual``, ``text`` and, for CoCa, ``decoder``.
         blocks: indices of transformer blocks, negative from the end; all by default.
         data: dataset, shots and batches.
-        optimizer: weight decay and its kin.
+        optimizer: optimizer options.
         trainer: precision and device.
         jobs: processes, each with one thread; 1 computes in this one, 0 only reports what is done.
         launcher: ``local``, or a command for a scheduler that gets each cell's own command in
             place of ``{command}``, and its name in place of ``{cell}``:
             ``sbatch --job-name {cell} --wrap {command}``.
-        cell: compute these cells of the plan in ``output`` and nothing else, ``all`` for every one
-            that is left; needs no other option.
+        cell: compute only these cells of the plan in ``output``, or ``all`` for every one that is
+            left; needs no other option.
         dry_run: print the plan, compute nothing.
-        force: compute cells again whose configuration has changed.
+        force: recompute cells whose configuration has changed.
     """
 
     model: str = "tiny"
     pretrained: str | None = None
-    methods: list[str | MethodOptions] = field(
+    methods: list[MethodConfig | str] = field(
         default_factory=lambda: [ZERO_SHOT, PROBE, "kradapter", "lora", "full"]
     )
     reference: str = "lora"
@@ -77,9 +80,9 @@ class GridOptions:
     targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "out", "fc1", "fc2"])
     towers: list[str] = field(default_factory=lambda: ["visual", "text"])
     blocks: list[int] | None = None
-    data: DataOptions = DataOptions()
-    optimizer: OptimizerOptions = OptimizerOptions()
-    trainer: TrainerOptions = TrainerOptions()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: TrainerConfig = TrainerConfig()
     jobs: int = 1
     launcher: str = "local"
     cell: list[str] | None = None

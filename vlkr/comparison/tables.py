@@ -1,37 +1,75 @@
-"""The tables of a grid, as rows of cells whose first row is the header."""
+"""The tables of a grid, and the differences of its methods to the reference."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlkr.comparison.outcomes import Collected, Outcome, Result
-from vlkr.comparison.statistics import Interval, combined_p, mcnemar, paired_bootstrap
+from vlkr.comparison.plan import Place
+from vlkr.comparison.results import CellResult, GridResults, SelectedRuns
 from vlkr.errors import VlkrError
+from vlkr.reporting.statistics import Interval, combined_p, mcnemar, paired_bootstrap
+from vlkr.reporting.table import Table, mean_std, value_range
 
-Values = Callable[[Outcome], list[float]]
+Values = Callable[[SelectedRuns], list[float]]
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of a report.
+def method_table(
+    results: GridResults,
+    title: str,
+    corner: str,
+    rows: Sequence[tuple[str, Place, Values]],
+    more: Sequence[tuple[str, ...]] = (),
+    note: str = "",
+) -> Table:
+    """Returns a table with a column per method: mean and standard deviation over seeds.
 
-    Attributes:
+    Args:
+        results: of the grid.
         title: above it.
-        rows: cells, the header first.
+        corner: the header's first cell.
+        rows: label, place in the grid and what to show of a method's runs there.
+        more: complete rows after these.
         note: below it.
-        brief: also shown in the terminal.
     """
+    cells = [_parameters_row(results)]
+    for label, place, values in rows:
+        runs = [results.at(method, place) for method in results.methods]
+        cells.append((label, *(mean_std(values(r)) if r else "" for r in runs)))
+    return Table(title, (corner, *results.methods), (*cells, *more), note)
 
-    title: str
-    rows: list[list[str]]
-    note: str = ""
-    brief: bool = True
+
+def mean_row(
+    results: GridResults, label: str, places: Sequence[Place], values: Values
+) -> tuple[str, ...]:
+    """Returns the means over places, seed by seed; empty for a method that lacks one of them."""
+    return (label, *(mean_std(mean_over(results, m, places, values)) for m in results.methods))
+
+
+def mean_over(
+    results: GridResults, method: str, places: Sequence[Place], values: Values
+) -> list[float]:
+    """Returns a method's mean over places, one value per seed that it has in all of them."""
+    runs = [results.at(method, place) for place in places]
+    if not runs or any(r is None for r in runs):
+        return []
+    by_seed = [dict(zip(r.seeds, values(r), strict=True)) for r in runs if r is not None]
+    common = [seed for seed in by_seed[0] if all(seed in place for place in by_seed)]
+    return [statistics.mean(place[seed] for place in by_seed) for seed in common]
+
+
+def _parameters_row(results: GridResults) -> tuple[str, ...]:
+    return ("trained parameters", *(_parameters(results, method) for method in results.methods))
+
+
+def _parameters(results: GridResults, method: str) -> str:
+    runs = [r for selected in results.of_method(method) for r in selected.results]
+    return value_range({result.record["parameters"] for result in runs})
 
 
 @dataclass(frozen=True)
@@ -48,7 +86,7 @@ class Difference:
     """
 
     method: str
-    place: dict[str, Any]
+    place: Place
     set: str
     seeds: int
     interval: Interval
@@ -59,173 +97,129 @@ class Difference:
         return asdict(self)
 
 
-def spread(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
-    """Mean and, over several values, standard deviation; in percent by default.
-
-    >>> spread([0.5, 0.7]), spread([0.5]), spread([])
-    ('60.0 ± 14.1', '50.0', '')
-    """
-    if not values:
-        return ""
-    mean = f"{scale * statistics.mean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
-
-
-def method_table(
-    collected: Collected, corner: str, rows: Sequence[tuple[str, dict[str, Any], Values]]
-) -> list[list[str]]:
-    """Rows of values, a column a method: mean and standard deviation over seeds.
-
-    Args:
-        collected: the grid's outcomes.
-        corner: the header's first cell.
-        rows: label, place in the grid and what to take there from a method's outcome.
-    """
-    table = [[corner, *collected.methods]]
-    for label, place, values in rows:
-        found = [collected.at(method, place) for method in collected.methods]
-        table.append([label, *(spread(values(o)) if o else "" for o in found)])
-    return table
-
-
-def mean_row(
-    collected: Collected, label: str, places: Sequence[dict[str, Any]], values: Values
-) -> list[str]:
-    """The mean over places, seed by seed; empty for a method that lacks one of them."""
-    return [label, *(spread(mean_over(collected, m, places, values)) for m in collected.methods)]
-
-
-def mean_over(
-    collected: Collected, method: str, places: Sequence[dict[str, Any]], values: Values
-) -> list[float]:
-    """A method's mean over places, one a seed that it has in all of them."""
-    found = [collected.at(method, place) for place in places]
-    if not found or any(outcome is None for outcome in found):
-        return []
-    by_seed = [dict(zip(o.seeds, values(o), strict=True)) for o in found if o is not None]
-    common = [seed for seed in by_seed[0] if all(seed in other for other in by_seed)]
-    return [statistics.mean(other[seed] for other in by_seed) for seed in common]
-
-
-def values_at(collected: Collected, method: str, place: dict[str, Any], name: str) -> list[float]:
-    """A method's top-1 accuracy on a set in a place, one a seed; empty if it is not known."""
-    outcome = collected.at(method, place)
-    return outcome.values(name) if outcome else []
-
-
-def parameters_row(collected: Collected, label: str = "trained parameters") -> list[str]:
-    """Trained parameters by method, the least and the largest of its outcomes."""
-    cells = []
-    for method in collected.methods:
-        numbers = {
-            result.found["parameters"]
-            for outcome in collected.outcomes
-            if outcome.entry.method == method
-            for result in outcome.results
-        }
-        cells.append(_range(numbers))
-    return [label, *cells]
-
-
 def compare_to_reference(
-    collected: Collected,
-    places: Sequence[dict[str, Any]],
-    names: Callable[[dict[str, Any]], Sequence[str]],
+    results: GridResults,
+    places: Sequence[Place],
+    set_names: Callable[[Place], Sequence[str]],
 ) -> list[Difference]:
-    """Paired differences of every method to the reference, set by set and in the mean.
+    """Returns paired differences of every method to the reference, by set and on average.
 
     Args:
-        collected: the grid's outcomes.
+        results: of the grid.
         places: in the grid.
-        names: the sets of a place; of three or more the mean over those after the first is
+        set_names: the sets of a place; of three or more the mean over those after the first is
             compared too.
     """
-    found = []
+    differences = []
     for place in places:
-        reference = collected.at(collected.plan.reference, place)
-        if reference is None:
-            continue
-        for method in collected.methods:
-            outcome = collected.at(method, place)
-            if outcome is None or outcome is reference:
+        reference = results.at(results.plan.reference, place)
+        for method in results.methods:
+            runs = results.at(method, place)
+            if runs is None or reference is None or runs is reference:
                 continue
-            pairs = paired(outcome, reference)
+            pairs = paired_by_seed(runs, reference)
             if not pairs:
                 continue
-            each = {name: correct_pairs(pairs, name) for name in names(place)}
-            for name, (first, second) in each.items():
-                p = combined_p([mcnemar(a, b) for a, b in zip(first, second, strict=True)])
-                interval = paired_bootstrap([_minus(first, second)])
-                found.append(Difference(method, place, name, len(pairs), interval, p))
-            shifts = [_minus(*each[name]) for name in list(each)[1:]]
+            shifts = []
+            for i, name in enumerate(set_names(place)):
+                ours, theirs = correct_by_seed(pairs, name)
+                p = combined_p([mcnemar(a, b) for a, b in zip(ours, theirs, strict=True)])
+                difference = ours.astype(np.int8) - theirs.astype(np.int8)
+                shifts += [difference] if i else []
+                interval = paired_bootstrap([difference])
+                differences.append(Difference(method, place, name, len(pairs), interval, p))
             if len(shifts) > 1:
                 interval = paired_bootstrap(shifts)
-                text = f"mean of {len(shifts)} shifts"
-                found.append(Difference(method, place, text, len(pairs), interval, None))
-    return found
+                name = f"mean of {len(shifts)} shifts"
+                differences.append(Difference(method, place, name, len(pairs), interval, None))
+    return differences
 
 
-def paired(first: Outcome, second: Outcome) -> list[tuple[Result, Result]]:
-    """Results of the seeds that both have; what has no seed goes with every one."""
-    a, b = (dict(zip(o.seeds, o.results, strict=True)) for o in (first, second))
-    seeds = [seed for seed in b if seed in a or None in a]
+def mean_difference(
+    results: GridResults, method: str, places: Sequence[Place], place: Place, name: str
+) -> Difference | None:
+    """Returns the difference of a method to the reference in the mean over places.
+
+    Args:
+        results: of the grid.
+        method: compared with the reference.
+        places: each with its own first set.
+        place: of the difference.
+        name: of the difference's set.
+
+    Returns:
+        None for the reference itself, or where the two do not share the same number of seeds.
+    """
+    each = []
+    for part in places:
+        ours, theirs = results.at(method, part), results.at(results.plan.reference, part)
+        if method == results.plan.reference or ours is None or theirs is None:
+            return None
+        each.append((paired_by_seed(ours, theirs), ours.entry.sets[0]))
+    counts = {len(pairs) for pairs, _ in each}
+    if len(counts) > 1 or 0 in counts:
+        return None
+    correct = [correct_by_seed(pairs, set_name) for pairs, set_name in each]
+    interval = paired_bootstrap([a.astype(np.int8) - b.astype(np.int8) for a, b in correct])
+    return Difference(method, place, name, counts.pop(), interval, None)
+
+
+def paired_by_seed(ours: SelectedRuns, theirs: SelectedRuns) -> list[tuple[CellResult, CellResult]]:
+    """Returns pairs of results with the same seed; what has no seed goes with every one."""
+    a, b = (dict(zip(runs.seeds, runs.results, strict=True)) for runs in (ours, theirs))
     if None in b and None not in a:
         return [(result, b[None]) for result in a.values()]
-    return [(a.get(seed) or a[None], b[seed]) for seed in seeds]
+    return [(a.get(seed) or a[None], b[seed]) for seed in b if seed in a or None in a]
 
 
-def correct_pairs(
-    pairs: Iterable[tuple[Result, Result]], name: str
+def correct_by_seed(
+    pairs: Iterable[tuple[CellResult, CellResult]], set_name: str
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Where each side is right, ``(num_seeds, num_images)``.
+    """Returns whether each side is correct, ``(num_seeds, num_images)``.
 
     Raises:
-        VlkrError: if the two were measured on other images.
+        VlkrError: if the two were evaluated on different images.
     """
     sides: tuple[list[NDArray[np.bool_]], list[NDArray[np.bool_]]] = ([], [])
     keys = set()
     for pair in pairs:
         for side, result in zip(sides, pair, strict=True):
-            said = result.said(name)
-            side.append(said.correct)
-            keys.add(said.keys)
+            predictions = result.predictions(set_name)
+            side.append(predictions.correct)
+            keys.add(predictions.keys)
     if len(keys) > 1:
-        raise VlkrError(f"cells were measured on other images of {name!r}; compute them again")
+        raise VlkrError(
+            f"cells were evaluated on different images of {set_name!r}; compute them again"
+        )
     return np.stack(sides[0]), np.stack(sides[1])
 
 
-def _minus(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> NDArray[np.integer]:
-    return first.astype(np.int8) - second.astype(np.int8)
-
-
-def difference_table(differences: Sequence[Difference], reference: str) -> list[list[str]]:
-    """Differences in points, with their intervals and p-values."""
+def difference_table(
+    differences: Sequence[Difference], reference: str, title: str, note: str, brief: bool = True
+) -> Table:
+    """Returns differences in points, with their intervals and p-values."""
     keys = [
         key
         for key in dict.fromkeys(key for d in differences for key in d.place)
         if len({d.place.get(key) for d in differences}) > 1
     ]
-    header = ["method", *keys, "set", f"points above {reference}", "95 % interval", "p"]
-    return [
-        header,
-        *(
-            [
-                d.method,
-                *(str(d.place.get(key, "")) for key in keys),
-                d.set,
-                f"{100 * d.interval.mean:+.1f}",
-                f"{100 * d.interval.low:+.1f} to {100 * d.interval.high:+.1f}",
-                p_value(d.p),
-            ]
-            for d in differences
-        ),
+    rows = [
+        (
+            d.method,
+            *(str(d.place.get(key, "")) for key in keys),
+            d.set,
+            f"{100 * d.interval.mean:+.1f}",
+            f"{100 * d.interval.low:+.1f} to {100 * d.interval.high:+.1f}",
+            p_value(d.p),
+        )
+        for d in differences
     ]
+    header = ("method", *keys, "set", f"points above {reference}", "95 % interval", "p")
+    return Table(title, header, tuple(rows), note, brief)
 
 
 def p_value(p: float | None) -> str:
-    """A p-value as tables show it.
+    """Returns a p-value as tables show it.
 
     >>> p_value(0.0402), p_value(1e-9), p_value(None)
     ('0.040', '<0.001', '')
@@ -235,83 +229,74 @@ def p_value(p: float | None) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _range(numbers: Collection[int]) -> str:
-    return " to ".join(f"{n:,}" for n in sorted({min(numbers), max(numbers)})) if numbers else ""
-
-
-def cost_table(collected: Collected) -> list[list[str]]:
-    """What a cell of each method costs, the mean over its finished cells and the largest memory."""
-    header = ["method", "parameters", "training images", "cells", "training s", "whole cell s"]
-    rows = [[*header, "peak memory MiB"]]
-    for method, parameters in zip(collected.methods, parameters_row(collected)[1:], strict=True):
-        ids = {
-            cell
-            for outcome in collected.outcomes
-            if outcome.entry.method == method
-            for candidate in outcome.entry.candidates
-            for cell in candidate.cells
-        }
-        found = [collected.results[cell].found for cell in ids if cell in collected.results]
-        memory = [f["peak_memory_mib"] for f in found if f["peak_memory_mib"] is not None]
-        seconds = [
-            f"{statistics.mean(f[key] for f in found):.1f}" if found else ""
+def cost_table(results: GridResults) -> Table:
+    """Returns what a cell of each method costs: means over its cells, and the largest memory."""
+    header = ("method", "parameters", "training images", "cells", "training s", "whole cell s")
+    rows = []
+    for method in results.methods:
+        candidates = (c for runs in results.of_method(method) for c in runs.entry.candidates)
+        ids = {cell for candidate in candidates for cell in candidate.cells}
+        records = [results.cells[cell].record for cell in ids if cell in results.cells]
+        memory = [r["peak_memory_mib"] for r in records if r["peak_memory_mib"] is not None]
+        images = {r["train_images"] for r in records if r.get("train_images") is not None}
+        seconds = (
+            f"{statistics.mean(r[key] for r in records):.1f}" if records else ""
             for key in ("train_seconds", "seconds")
-        ]
+        )
         rows.append(
-            [
+            (
                 method,
-                parameters,
-                _range({f["train_images"] for f in found if f.get("train_images") is not None}),
-                f"{len(found)} of {len(ids)}",
+                _parameters(results, method),
+                value_range(images),
+                f"{len(records)} of {len(ids)}",
                 *seconds,
                 f"{max(memory):,.0f}" if memory else "",
-            ]
+            )
         )
-    return rows
+    note = "Memory is the largest of a method's cells"
+    return Table("Cost", (*header, "peak memory MiB"), tuple(rows), note)
 
 
-def choice_table(collected: Collected) -> list[list[str]]:
-    """Mean validation accuracy of every setting, the chosen one marked; empty without a choice."""
-    entries = [o for o in collected.outcomes if len(o.entry.candidates) > 1]
+def choice_table(results: GridResults, note: str = "") -> Table | None:
+    """Returns mean validation accuracies of all settings, or None without a choice.
+
+    Args:
+        results: of the grid.
+        note: more to say below the table.
+    """
+    entries = [runs for runs in results.selected if len(runs.entry.candidates) > 1]
     if not entries:
-        return []
-    places = list(dict.fromkeys(key for o in entries for key in o.entry.place))
-    settings = list(
-        dict.fromkeys(tuple(c.setting.items()) for o in entries for c in o.entry.candidates)
+        return None
+    places = list(dict.fromkeys(key for runs in entries for key in runs.entry.place))
+    settings = dict.fromkeys(
+        _setting(candidate.setting) for runs in entries for candidate in runs.entry.candidates
     )
-    rows = [["method", *places, *(_setting(dict(s)) for s in settings)]]
-    for outcome in entries:
-        cells = {}
-        for candidate, score in zip(outcome.entry.candidates, outcome.scores, strict=True):
-            mark = " *" if candidate is outcome.chosen else ""
+    rows = []
+    at_ends: dict[str, None] = {}
+    for runs in entries:
+        entry, texts = runs.entry, {}
+        for candidate, score in zip(entry.candidates, runs.scores, strict=True):
+            mark = " *" if candidate is runs.chosen else ""
             text = "?" if score is None else f"{100 * score:.1f}"
-            cells[tuple(candidate.setting.items())] = f"{text}{mark}"
-        place = [str(outcome.entry.place.get(key, "")) for key in places]
-        rows.append([outcome.entry.method, *place, *(cells.get(s, "") for s in settings)])
-    return rows
-
-
-def choice_note(collected: Collected) -> str:
-    """How to read the choices, and which learning rates lie at an end of their list."""
-    note = "Mean validation accuracy over seeds in percent, * the chosen setting"
-    ends: dict[str, None] = {}
-    for outcome in collected.outcomes:
-        rates = {c.setting["lr"] for c in outcome.entry.candidates if "lr" in c.setting}
-        chosen = outcome.chosen
-        if len(rates) > 1 and chosen and chosen.setting["lr"] in (min(rates), max(rates)):
-            ends[outcome.entry.method] = None
-    if not ends:
-        return note
-    methods = ", ".join(ends)
-    return f"{note}; at an end of the learning rates, beyond which others may do better: {methods}"
+            texts[_setting(candidate.setting)] = f"{text}{mark}"
+        place = (str(entry.place.get(key, "")) for key in places)
+        rows.append((entry.method, *place, *(texts.get(setting, "") for setting in settings)))
+        rates = {c.setting["lr"] for c in entry.candidates if "lr" in c.setting}
+        if len(rates) > 1 and runs.chosen and runs.chosen.setting["lr"] in (min(rates), max(rates)):
+            at_ends[entry.method] = None
+    about = "Mean validation accuracy over seeds in percent, * the chosen setting"
+    if at_ends:
+        about += "; at an end of the learning rates, beyond which others may do better: "
+        about += ", ".join(at_ends)
+    header = ("method", *places, *settings)
+    return Table("Choice of settings", header, tuple(rows), f"{about}{note}", brief=False)
 
 
 def _setting(setting: dict[str, float]) -> str:
     return " ".join(f"{key} {value:g}" for key, value in setting.items())
 
 
-def failure_table(collected: Collected) -> list[list[str]]:
-    """Cells that failed or are not finished; empty if there are none."""
-    rows = [[cell, message] for cell, message in collected.failures.items()]
-    rows += [[cell, "not finished"] for cell in collected.unfinished]
-    return [["cell", "what happened"], *rows] if rows else []
+def failure_table(results: GridResults) -> Table | None:
+    """Returns cells that failed or are not finished, or None if there are none."""
+    rows = [*results.failures.items(), *((cell, "not finished") for cell in results.unfinished)]
+    return Table("Failed or not finished", ("cell", "what happened"), tuple(rows)) if rows else None

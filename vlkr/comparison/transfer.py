@@ -1,4 +1,4 @@
-"""Transfer: adapted to one dataset, measured on others, before and after."""
+"""Transfer: adapted to one dataset, evaluated on others, before and after."""
 
 from __future__ import annotations
 
@@ -10,107 +10,115 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-from vlkr.comparison.compare import DIFFERENCES
-from vlkr.comparison.figures import plot_bars, plot_calibration, plot_home_against_shift
-from vlkr.comparison.grid import candidate, grid_cells, resolved
-from vlkr.comparison.options import GridOptions
-from vlkr.comparison.outcomes import Collected, Outcome
-from vlkr.comparison.plan import RUN, ZERO_SHOT, Candidate, Cell, Entry, EvalSet, Plan, slug
-from vlkr.comparison.report import Picture, Report
-from vlkr.comparison.running import (
-    Found,
-    at_hand,
-    base_context,
-    data_name,
-    elsewhere,
+from vlkr.comparison.dry_run import DryRun
+from vlkr.comparison.engine import CellStates, run_grid
+from vlkr.comparison.figures import plot_bars, plot_calibration, plot_shift
+from vlkr.comparison.methods import base_context, resolve_methods
+from vlkr.comparison.options import ZERO_SHOT, GridConfig
+from vlkr.comparison.plan import (
+    Candidate,
+    Cell,
+    Entry,
+    EvalSet,
+    Place,
+    Plan,
+    dataset_name,
+    eval_only,
     eval_sets,
-    found_context,
-    run_grid,
+    grid_cells,
+    load_or_describe,
+    slug,
 )
-from vlkr.comparison.tables import (
-    Table,
-    Values,
-    choice_note,
-    choice_table,
-    compare_to_reference,
-    cost_table,
-    difference_table,
-    method_table,
-    parameters_row,
-    spread,
-    values_at,
-)
-from vlkr.datasets import DataOptions
-from vlkr.datasets.parallel import sha256
+from vlkr.comparison.report import Picture, Report, standard_report
+from vlkr.comparison.results import GridResults, SelectedRuns
+from vlkr.comparison.tables import Values, compare_to_reference, method_table
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
 from vlkr.evaluation.metrics import base_to_new
-from vlkr.evaluation.runs import run_config, run_labels, run_options
 from vlkr.models.names import is_timm
+from vlkr.reporting.table import Table, mean_std
+from vlkr.runs import RunConfig, RunFolder, method_labels
 
 NEW = " (new classes)"
 
 
 def run_transfer(
-    grid: GridOptions, output: Path, run: list[Path] | None, datasets: list[str] | None
-) -> Found:
-    """What :func:`~vlkr.comparison.commands.transfer` does."""
-    if not is_timm(grid.model) and ZERO_SHOT not in [m.kind for m in resolved(grid)]:
+    grid: GridConfig,
+    output: Path,
+    *,
+    runs: Sequence[Path] | None = None,
+    datasets: list[str] | None = None,
+) -> Report | CellStates | DryRun:
+    """Adapts to one dataset and evaluates on it and on others, zero-shot before, adapted after.
+
+    Args:
+        grid: options; ``data`` is adapted to.
+        output: folder of the cells and of the report.
+        runs: run folders, all on one dataset; nothing is trained then.
+        datasets: card names or folders to evaluate on in addition; by default the shifts of the
+            dataset's card.
+
+    Raises:
+        VlkrError: for any option that does not make sense, before anything is written.
+    """
+    if not is_timm(grid.model) and ZERO_SHOT not in [m.kind for m in resolve_methods(grid)]:
         grid = replace(grid, methods=[ZERO_SHOT, *grid.methods])
 
     def plan() -> Plan:
-        configs = {folder.resolve(): run_config(folder) for folder in run or ()}
-        return transfer_plan(grid, configs, datasets)
+        folders = [RunFolder.open(folder.resolve()) for folder in runs or ()]
+        return transfer_plan(grid, folders, datasets)
 
-    return run_grid(grid, output, plan, lambda found: transfer_report(found, output))
+    return run_grid(grid, output, plan, lambda results: transfer_report(results, output))
 
 
-def transfer_plan(
-    grid: GridOptions, runs: dict[Path, dict[str, Any]], datasets: list[str] | None
-) -> Plan:
-    """The cells of a transfer.
+def transfer_plan(grid: GridConfig, runs: Sequence[RunFolder], datasets: list[str] | None) -> Plan:
+    """Returns the cells of a transfer.
 
     Args:
         grid: options.
-        runs: configurations of runs by folder; without any, the grid's methods are trained.
-        datasets: to measure on beside the one that is adapted to.
+        runs: finished runs; without any, the grid's methods are trained.
+        datasets: to evaluate on besides the one that is adapted to.
     """
     if runs:
-        grid = _as_the_runs(grid, list(runs.values()))
+        grid = _as_the_runs(grid, runs)
     data = grid.data.absolute()
     sets = _sets(grid, data, datasets)
-    names = tuple(chosen.name for chosen in sets)
+    names = tuple(eval_set.name for eval_set in sets)
+    place: Place = {"source": names[0]}
     cells: list[Cell] = []
     entries: list[Entry] = []
-    for method in [] if runs and is_timm(grid.model) else resolved(grid):
-        found = grid_cells(grid, method, (names[0],), data, sets)
-        candidates = tuple(candidate(setting, own, None) for setting, own in found)
-        entries.append(Entry(method.label, {"source": names[0]}, candidates, names))
-        cells += [cell for _, own in found for cell in own]
-    for label, folders in _by_method(runs).items():
+    for method in [] if runs and is_timm(grid.model) else resolve_methods(grid):
+        settings = grid_cells(grid, method, (names[0],), data, sets)
+        candidates = tuple(setting.candidate() for setting in settings)
+        entries.append(Entry(method.label, place, candidates, names))
+        cells += [cell for setting in settings for cell in setting.cells]
+    for label, same in _by_method(runs).items():
         own = [
             Cell(
-                slug(names[0], "run", label, f"seed{runs[folder]['seed']}", i + 1),
-                RUN,
-                grid.model,
-                grid.pretrained,
-                data,
+                slug(names[0], "run", label, f"seed{run.config.seed}", i + 1),
+                "run",
+                RunConfig(
+                    grid.model,
+                    grid.pretrained,
+                    data=data,
+                    trainer=grid.trainer,
+                    seed=run.config.seed,
+                ),
                 tuple(sets),
-                runs[folder]["seed"],
-                trainer=grid.trainer,
-                run=folder,
-                run_sha256=_sha256(folder),
+                run=run.path,
+                run_sha256=run.fingerprint(),
             )
-            for i, folder in enumerate(folders)
+            for i, run in enumerate(same)
         ]
-        ids = tuple(cell.id for cell in own)
-        entries.append(Entry(label, {"source": names[0]}, (Candidate({}, ids),), names))
+        candidate = Candidate({}, tuple(cell.id for cell in own))
+        entries.append(Entry(label, place, (candidate,), names))
         cells += own
     context = base_context(grid, "by mean validation accuracy at home per method")
     if runs:
-        context["seeds"] = " ".join(str(config["seed"]) for config in runs.values())
+        context["seeds"] = " ".join(str(run.config.seed) for run in runs)
     context |= {
         "adapted to": names[0],
-        **_common(data.context(), [run_options(c).context() for c in runs.values()]),
+        **_common(data.context(), [run.config.data.context() for run in runs]),
         "split": "test",
     }
     return Plan("transfer", tuple(cells), tuple(entries), grid.reference, context)
@@ -125,160 +133,133 @@ def _common(context: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, 
     }
 
 
-def _as_the_runs(grid: GridOptions, configs: Sequence[dict[str, Any]]) -> GridOptions:
-    """The grid on the runs' model and data.
-
-    Raises:
-        VlkrError: if they have several.
-    """
-    homes = {
+def _as_the_runs(grid: GridConfig, runs: Sequence[RunFolder]) -> GridConfig:
+    """The grid with the model and data of the runs, which must all have the same."""
+    different = {
         (
-            config["model"],
-            config["pretrained"],
-            data_name(run_options(config)),
-            run_options(config).classes,
+            run.config.model,
+            run.config.pretrained,
+            dataset_name(run.config.data),
+            run.config.data.classes,
         )
-        for config in configs
+        for run in runs
     }
-    if len(homes) > 1:
+    if len(different) > 1:
         raise VlkrError(
-            f"the runs are of {len(homes)} models, datasets or halves of classes, expected one"
+            f"the runs are of {len(different)} models, datasets or halves of classes, expected one"
         )
-    first = configs[0]
+    first = runs[0].config
     return replace(
         grid,
-        model=first["model"],
-        pretrained=first["pretrained"],
-        data=run_options(first),
+        model=first.model,
+        pretrained=first.pretrained,
+        data=first.data,
         methods=[ZERO_SHOT],
     )
 
 
-def _by_method(runs: dict[Path, dict[str, Any]]) -> dict[str, list[Path]]:
-    """Folders by method.
-
-    Raises:
-        VlkrError: for two with one seed.
-    """
-    named: dict[str, list[Path]] = {}
-    for folder, label in run_labels(runs).items():
-        named.setdefault(label, []).append(folder)
-    for label, folders in named.items():
-        seeds = [runs[folder]["seed"] for folder in folders]
+def _by_method(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
+    """Runs by method; raises :class:`VlkrError` for two with the same seed."""
+    labeled: dict[str, list[RunFolder]] = {}
+    labels = method_labels(runs)
+    for run in runs:
+        labeled.setdefault(labels[run.path], []).append(run)
+    for label, same in labeled.items():
+        seeds = [run.config.seed for run in same]
         for seed in seeds:
             if seeds.count(seed) > 1:
                 raise VlkrError(f"{seeds.count(seed)} runs of {label} have seed {seed}; give one")
-    return named
+    return labeled
 
 
-def _sha256(run: Path) -> str:
-    """Of what a run has learnt, so that a result is known to be of another state of its folder."""
-    files = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "head.safetensors")
-    return " ".join(sha256(run / name)[:16] for name in files if (run / name).is_file())
-
-
-def _sets(grid: GridOptions, data: DataOptions, datasets: list[str] | None) -> list[EvalSet]:
-    name = data_name(data)
+def _sets(grid: GridConfig, data: DataConfig, datasets: list[str] | None) -> list[EvalSet]:
+    name = dataset_name(data)
     if data.classes == "new":
         raise VlkrError("data.classes 'new' cannot be adapted to, expected 'base' or 'all'")
-    found = at_hand(data, needed=not grid.dry_run)
-    names = datasets if datasets is not None else list(found.shifts if found else ())
+    dataset = load_or_describe(data, needed=not grid.dry_run)
+    names = datasets if datasets is not None else list(dataset.shifts if dataset else ())
     new = []
     if data.classes == "base":
         new = [EvalSet(f"{name}{NEW}", replace(data, classes="new", split_file=None))]
     if not names and not new:
         raise VlkrError(f"dataset {name!r} names no shifts; --datasets names what to measure on")
-    home, *others = eval_sets([data, *(elsewhere(other, data) for other in names)])
-    return [home, *new, *others]
+    source, *others = eval_sets([data, *(eval_only(other, data) for other in names)])
+    return [source, *new, *others]
 
 
-def transfer_report(found: Collected, output: Path) -> Report:
-    """Tables and plots of a transfer."""
-    first = found.outcomes[0].entry
+def transfer_report(results: GridResults, output: Path) -> Report:
+    """Returns tables and plots of a transfer."""
+    first = results.selected[0].entry
     place, names = first.place, first.sets
-    before = next(
-        (o for o in found.outcomes if o.results and o.results[0].cell.kind == ZERO_SHOT), None
-    )
-    rows: list[tuple[str, dict[str, Any], Values]] = [
+    rows: list[tuple[str, Place, Values]] = [
         (f"{name} (adapted to)" if i == 0 else name, place, methodcaller("values", name))
         for i, name in enumerate(names)
     ]
     if names[1].endswith(NEW):
         rows.insert(2, ("harmonic mean of base and new", place, _harmonic))
     if len(names) > 2:
-        rows.append((f"mean of {len(names) - 1} others", place, Outcome.shift_means))
-    table = method_table(found, "top-1 %", rows)
-    table.insert(1, parameters_row(found))
-    tables = [Table(f"Adapted to {names[0]}, measured elsewhere", table)]
-    if before is not None:
-        note = "Points gained or, negative, forgotten: adapted less zero-shot, on the same images"
-        tables.append(
-            Table("Change against zero-shot", _changes(found, before, place, names), note)
-        )
-    differences = compare_to_reference(found, [place], lambda _: names)
-    if differences:
-        rows_ = difference_table(differences, found.plan.reference)
-        tables.append(Table(f"Difference to {found.plan.reference}", rows_, DIFFERENCES))
-    tables.append(Table("Cost", cost_table(found), "Memory is the largest of a method's cells"))
-    if choices := choice_table(found):
-        tables.append(Table("Choice of settings", choices, choice_note(found), brief=False))
-    bars = {name: partial(values_at, found, place=place, name=name) for name in names}
+        rows.append((f"mean of {len(names) - 1} others", place, SelectedRuns.shift_means))
+    tables = [method_table(results, f"Adapted to {names[0]}, measured elsewhere", "top-1 %", rows)]
+    zero_shot = (r for r in results.selected if r.results and r.results[0].cell.kind == "zero-shot")
+    if before := next(zero_shot, None):
+        tables.append(_change_table(results, before, place, names))
+    bars = {name: partial(results.values, place=place, set_name=name) for name in names}
 
-    def home(method: str, _: dict[str, Any]) -> list[float]:
+    def in_distribution(method: str, _: Place) -> list[float]:
         return bars[names[0]](method)
 
-    def others(method: str, _: dict[str, Any]) -> list[float]:
-        outcome = found.at(method, place)
-        return outcome.shift_means() if outcome else []
+    def on_others(method: str, _: Place) -> list[float]:
+        runs = results.at(method, place)
+        return runs.shift_means() if runs else []
 
+    against = partial(
+        plot_shift,
+        results,
+        [place],
+        in_distribution,
+        on_others,
+        (names[0], "mean of the others"),
+    )
+    calibration = partial(plot_calibration, results, place, names[0])
     pictures = [
-        Picture("sets", "Accuracy by dataset", lambda path: plot_bars(found, bars, path)),
-        Picture(
-            "home-against-others",
-            "Home against the others",
-            lambda path: plot_home_against_shift(
-                found, [place], home, others, (names[0], "mean of the others"), path
-            ),
-        ),
-        Picture(
-            "reliability",
-            f"Reliability on {names[0]}, first seed",
-            lambda path: plot_calibration(found, place, names[0], path),
-        ),
+        Picture("sets", "Accuracy by dataset", partial(plot_bars, results, bars)),
+        Picture("home-against-others", "In-distribution against the others", against),
+        Picture("reliability", f"Reliability on {names[0]}, first seed", calibration),
     ]
+    differences = compare_to_reference(results, [place], lambda _: names)
     title = f"Transfer from {names[0]}"
-    return Report(title, found_context(found), tables, pictures, differences, found, output)
+    return standard_report(results, output, title, tables, pictures, differences)
 
 
-def _harmonic(outcome: Outcome) -> list[float]:
-    base, new = (outcome.values(name) for name in outcome.entry.sets[:2])
+def _harmonic(runs: SelectedRuns) -> list[float]:
+    base, new = (runs.values(name) for name in runs.entry.sets[:2])
     return [base_to_new(a, b)["harmonic_mean"] for a, b in zip(base, new, strict=True)]
 
 
-def _changes(
-    found: Collected, before: Outcome, place: dict[str, Any], names: Sequence[str]
-) -> list[list[str]]:
+def _change_table(
+    results: GridResults, before: SelectedRuns, place: Place, names: Sequence[str]
+) -> Table:
     """Points by set and method, their mean over the other sets, and the largest loss there."""
-    methods = [
-        m for m in found.methods if (o := found.at(m, place)) is not None and o is not before
-    ]
+    methods = []
     columns: list[list[str]] = []
-    for method in methods:
-        outcome = found.at(method, place)
-        assert outcome is not None
+    for method in results.methods:
+        runs = results.at(method, place)
+        if runs is None or runs is before:
+            continue
+        methods.append(method)
         each = {
-            name: [value - before.values(name)[0] for value in outcome.values(name)]
-            for name in names
+            name: [value - before.values(name)[0] for value in runs.values(name)] for name in names
         }
         others = [each[name] for name in names[1:]]
         worst = min(names[1:], key=lambda name: statistics.mean(each[name]))
         columns.append(
             [
-                *(spread(each[name]) for name in names),
-                spread([statistics.mean(values) for values in zip(*others, strict=True)]),
-                f"{spread(each[worst])} ({worst})",
+                *(mean_std(each[name]) for name in names),
+                mean_std([statistics.mean(values) for values in zip(*others, strict=True)]),
+                f"{mean_std(each[worst])} ({worst})",
             ]
         )
     labels = [*names, f"mean of {len(names) - 1} others", "least of the others"]
     rows = zip(labels, *columns, strict=True)
-    return [["change, points", *methods], *(list(row) for row in rows)]
+    note = "Points gained or, negative, forgotten: adapted less zero-shot, on the same images"
+    return Table("Change against zero-shot", ("change, points", *methods), tuple(rows), note)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+import json
+from dataclasses import dataclass, field
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from vlkr.datasets.prompts import resolve_list
 from vlkr.errors import VlkrError
 from vlkr.files import read_yaml, resource
 
@@ -26,7 +27,7 @@ class Card:
         title: for people.
         source: where the data comes from: URL, paper, how it was made.
         licence: of the images.
-        class_names: by label; ``"from data"`` where only the data tells.
+        class_names: by label; ``"from data"`` where only the data has them.
         templates: sets of prompts with ``{c}`` by name, the default one first.
         splits: images per split.
         suites: benchmarks that the dataset is part of, of ``SUITES``.
@@ -40,38 +41,44 @@ class Card:
         wds: CLIP_benchmark's name, under which the hub has the data.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     name: str
     title: str
     source: str
     licence: str
-    class_names: str | Sequence[str]
-    templates: Mapping[str, str | Sequence[str]]
-    splits: Mapping[str, int] = field(default_factory=dict)
-    suites: Sequence[str] = ()
-    folders: str | Sequence[str] = ()
-    subset: str | Sequence[int] = ()
+    class_names: str | tuple[str, ...]
+    templates: dict[str, str | tuple[str, ...]]
+    splits: dict[str, int] = field(default_factory=dict)
+    suites: tuple[str, ...] = ()
+    folders: str | tuple[str, ...] = ()
+    subset: str | tuple[int, ...] = ()
     test_folder: str = "test"
-    domains: Mapping[str, int] = field(default_factory=dict)
-    shifts: Sequence[str] = ()
+    domains: dict[str, int] = field(default_factory=dict)
+    shifts: tuple[str, ...] = ()
     shift_of: str | None = None
     shards: str | None = None
     wds: str | None = None
 
     def named_classes(self) -> tuple[str, ...] | None:
-        """The names by label; None where only the data tells."""
+        """The class names by label; None where only the data has them."""
         return None if self.class_names == FROM_DATA else self._of_subset(self.class_names)
 
     def class_folders(self) -> tuple[str, ...]:
         """Names of the class folders by label; none where they are the class names."""
         return self._of_subset(self.folders)
 
-    def _of_subset(self, value: str | Sequence[str]) -> tuple[str, ...]:
-        whole = resolve(value)
-        labels = [int(label) for label in resolve(self.subset)]
+    def subset_labels(self) -> tuple[int, ...]:
+        """The labels in the whole list that the dataset has; none for all."""
+        subset = resolve_list(self.subset) if isinstance(self.subset, str) else self.subset
+        return tuple(int(label) for label in subset)
+
+    def _of_subset(self, value: str | tuple[str, ...]) -> tuple[str, ...]:
+        whole, labels = resolve_list(value), self.subset_labels()
         return tuple(whole[label] for label in labels) if labels and whole else whole
 
 
-_KINDS = {item.name: str(item.type) for item in fields(Card)}
+_CARD = TypeAdapter(Card)
 
 
 def card_names() -> list[str]:
@@ -83,44 +90,22 @@ def load_card(name: str) -> Card:
     """Reads a card.
 
     Raises:
-        VlkrError: if it is missing, or a field is not known, missing or of another kind.
+        VlkrError: if it is missing, or a field is unknown, missing or of the wrong type.
     """
     path = resource("data") / f"{name}.yaml"
     values = read_yaml(path)
     if isinstance(templates := values.get("templates"), list):
         values["templates"] = {f"{name} card": templates}
-    for key, value in values.items():
-        if key not in _KINDS:
-            raise VlkrError(f"card {path} has the field {key!r}, expected {', '.join(_KINDS)}")
-        if not _is_kind(value, _KINDS[key]):
-            raise VlkrError(f"card {path}: {key} is {value!r}, expected {_KINDS[key]}")
     try:
-        card = Card(**values)
-    except TypeError as error:  # names what is missing
+        # As JSON, for in strict mode Python's lists are not tuples.
+        card = _CARD.validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        problem = max(error.errors(), key=lambda problem: len(problem["loc"]))
+        fields = [str(part) for part in problem["loc"][:1]]
+        given = f", got {values[fields[0]]!r}" if fields and fields[0] in values else ""
+        raise VlkrError(f"card {': '.join([str(path), *fields, problem['msg']])}{given}") from error
+    except (TypeError, ValueError) as error:  # such as a date
         raise VlkrError(f"card {path} is not valid: {error}") from error
     if card.name != name:
         raise VlkrError(f"card {path} is named {card.name!r}, expected {name!r}")
     return card
-
-
-def _is_kind(value: Any, kind: str) -> bool:
-    """Whether YAML's value is of a field's type, as its annotation tells it."""
-    if isinstance(value, list):
-        entry = int if "Sequence[int]" in kind else str
-        return "Sequence" in kind and all(isinstance(item, entry) for item in value)
-    if isinstance(value, dict):
-        inner = kind.partition(", ")[2].removesuffix("]")
-        return "Mapping" in kind and all(_is_kind(item, inner) for item in value.values())
-    if isinstance(value, int):
-        return kind == "int"
-    return isinstance(value, str) and kind.startswith("str")
-
-
-def resolve(value: str | Sequence[Any]) -> tuple[Any, ...]:
-    """A list as it stands, or the one in a package that ``package:name`` names."""
-    if not isinstance(value, str):
-        return tuple(value)
-    # Only vlkr.models knows open_clip and timm, which take seconds to import.
-    models = importlib.import_module("vlkr.models.class_names")
-    found: tuple[str, ...] = models.shipped(value)
-    return found

@@ -14,16 +14,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
+from rich.progress import Progress
 
-from vlkr.datasets.members import check_format, shrunk, tar_fields
-from vlkr.datasets.parallel import parallel_map, runs, sha256
+from vlkr.datasets.images import check_format, shrink
 from vlkr.datasets.registry import Dataset, load_dataset
-from vlkr.datasets.sharing import mixed
-from vlkr.datasets.sources import Sample, Source, skip_bad
-from vlkr.errors import SampleError, VlkrError
-from vlkr.files import atomic_file, check_free, read_json, write_json, write_text
+from vlkr.datasets.samples import BadSample, Sample, Source, good_samples, shuffled_by_hash
+from vlkr.datasets.shards import tar_fields
+from vlkr.errors import VlkrError
+from vlkr.files import atomic_file, check_free, read_json, sha256_of, write_json, write_text
+from vlkr.reporting.table import Table
+from vlkr.runtime import interleave_jobs, parallel_map, progress_bar
 
 MANIFEST = "manifest.json"
 FORMAT = "vlkr shards 1"
@@ -45,6 +45,7 @@ class PackResult:
     manifest: Mapping[str, Any]
     kept: int
     bad: list[str]
+    exit_code = 0
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for a program."""
@@ -55,19 +56,20 @@ class PackResult:
             **self.manifest,
         }
 
-    def show(self, console: Console) -> None:
-        """Prints what each split holds."""
+    def tables(self) -> list[Table]:
+        """Returns no table."""
+        return []
+
+    def lines(self) -> list[str]:
+        """Returns what each split holds, what was left out, and where the shards are."""
+        lines = []
         for split, content in self.manifest["splits"].items():
             shards = content["shards"]
             size = sum(shard["bytes"] for shard in shards) / 1e6
             number = f"{len(shards)} shard{'s' * (len(shards) != 1)}"
-            console.print(
-                f"{split}: {content['samples']:,} images in {number}, {size:,.1f} MB",
-                highlight=False,
-            )
-        for line in self.bad:
-            console.print(f"left out: {line}", highlight=False, markup=False)
-        console.print(f"Shards: {self.dest}", highlight=False, markup=False)
+            lines.append(f"{split}: {content['samples']:,} images in {number}, {size:,.1f} MB")
+        lines += [f"left out: {line}" for line in self.bad]
+        return [*lines, f"Shards: {self.dest}"]
 
 
 def pack(
@@ -142,7 +144,7 @@ def pack(
             write_json(dest / _PARTIAL, {"digest": digest.hexdigest(), "shards": finished})
 
         note()  # ahead of the first shard, or a folder with that alone would not be ours
-        for name, entry in parallel_map(writer, runs(left, num_workers), num_workers):
+        for name, entry in parallel_map(writer, interleave_jobs(left, num_workers), num_workers):
             finished[name] = entry
             bad[unread:] = [
                 line for job in jobs for line in finished.get(job.name, {}).get("bad", ())
@@ -159,15 +161,6 @@ def _check_bad(bad: Sequence[str], max_bad: int) -> None:
         raise VlkrError(
             f"more than {max_bad} bad samples; the last: {bad[max_bad]}" if max_bad else bad[0]
         )
-
-
-def progress_bar() -> Progress:
-    """On stderr, with counts."""
-    columns = Progress.get_default_columns()
-    console = Console(stderr=True)
-    return Progress(
-        *columns[:2], MofNCompleteColumn(), columns[-1], console=console, transient=True
-    )
 
 
 class _Job(NamedTuple):
@@ -216,7 +209,7 @@ class _Plan:
         part = bisect_right(self.ends, start)
         skipped = start - (self.ends[part - 1] if part else 0)
         for i in range(part, len(self.parts)):
-            samples = skip_bad(self.parts[i], lambda error: None)  # told by the scan
+            samples = good_samples(self.parts[i])  # told by the scan
             yield from islice(samples, skipped if i == part else 0, None)
 
 
@@ -231,13 +224,12 @@ class _Scanned(NamedTuple):
 def _scan_part(part: Source) -> _Scanned:
     scanned = _Scanned([], [], b"", [], [])
     digest = hashlib.sha256()
-    for sample in skip_bad(part, lambda error: scanned.bad.append(str(error))):
+    for sample in good_samples(part, lambda bad: scanned.bad.append(str(bad))):
         scanned.keys.append(sample.key)
         scanned.sizes.append(len(sample.image))
-        try:
-            check_format(sample)
-        except SampleError as error:  # which the writer will leave out
-            scanned.unwritable.append(str(error))
+        extension = check_format(sample)
+        if isinstance(extension, BadSample):  # which the writer will leave out
+            scanned.unwritable.append(str(extension))
         digest.update(json.dumps([sample.key, sample.label, sample.domain]).encode())
         digest.update(hashlib.sha256(sample.image).digest())
     return scanned._replace(digest=digest.digest())
@@ -247,7 +239,7 @@ def _scan(
     split: str, source: Source, num_workers: int, progress: Progress, bad: list[str], max_bad: int
 ) -> _Plan:
     """Reads a split once, to know its samples before anything is written."""
-    parts = mixed(source).shards()
+    parts = shuffled_by_hash(source).shards()
     task = progress.add_task(f"reading {split}", total=len(parts))
     ends: list[int] = []
     sizes: list[int] = []
@@ -293,17 +285,17 @@ class _Writer:
                     sample = next(self.samples, None)
                     if sample is None:
                         raise VlkrError(f"the data changed: {path} lacks samples that were there")
-                    try:
-                        files = tar_fields(shrunk(sample, self.resize))
-                    except SampleError as error:
-                        bad.append(str(error))
+                    small = shrink(sample, self.resize)
+                    files = small if isinstance(small, BadSample) else tar_fields(small)
+                    if isinstance(files, BadSample):
+                        bad.append(str(files))
                         continue
                     for name, content in files:
                         member = tarfile.TarInfo(name)
                         member.size = len(content)
                         archive.addfile(member, io.BytesIO(content))
                     entry["samples"] += 1
-            entry |= {"bytes": temporary.stat().st_size, "sha256": sha256(temporary)}
+            entry |= {"bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
         self.split, self.position = job.split, job.stop
         return job.name, entry | ({"bad": bad} if bad else {})
 
@@ -321,7 +313,7 @@ def _finished(dest: Path, digest: str) -> dict[str, dict[str, Any]]:
     return {
         name: entry
         for name, entry in shards.items()
-        if (dest / name).is_file() and sha256(dest / name) == entry["sha256"]
+        if (dest / name).is_file() and sha256_of(dest / name) == entry["sha256"]
     }
 
 

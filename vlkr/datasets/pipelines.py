@@ -22,9 +22,7 @@ from torch.utils.data import (
 )
 
 from vlkr.datasets.images import decode_image as decode_image
-from vlkr.datasets.parallel import without_traceback
-from vlkr.datasets.sharing import process_place, shared_out
-from vlkr.datasets.sources import Sample, Source, skip_bad
+from vlkr.datasets.samples import BadSample, Sample, Source, good_samples, worker_shard
 from vlkr.datasets.transforms import (
     PixelTransform,
     TrainTransform,
@@ -33,7 +31,8 @@ from vlkr.datasets.transforms import (
     to_tensor,
     without_normalization,
 )
-from vlkr.errors import SampleError, VlkrError
+from vlkr.errors import VlkrError
+from vlkr.runtime import rank, without_traceback, world_size
 
 
 class Batch(NamedTuple):
@@ -73,7 +72,7 @@ class BadSamples:
         self._count = Value("q", 0)
         self._first: Any = Array("c", 500)
 
-    def add(self, error: SampleError) -> None:
+    def add(self, bad: BadSample) -> None:
         """Counts one.
 
         Raises:
@@ -83,12 +82,11 @@ class BadSamples:
             self._count.value += 1
             count = self._count.value
         if count == 1:
-            self._first.value = str(error).encode()[:500]
+            self._first.value = str(bad).encode()[:500]
         if count > self.max_bad:
             if self.max_bad == 0:
-                reason = f"{error.reason}; max_bad lets such samples be skipped"
-                raise SampleError(reason, key=error.key, shard=error.shard) from error
-            raise VlkrError(f"more than {self.max_bad} bad samples; the last: {error}") from error
+                raise VlkrError(f"{bad}; max_bad lets such samples be skipped")
+            raise VlkrError(f"more than {self.max_bad} bad samples; the last: {bad}")
 
     def warn(self) -> None:
         """Tells how many were skipped, if any, and starts anew."""
@@ -151,11 +149,11 @@ class FewShotImages(Dataset[Item | None]):
         return None if image is None else transformed(sample, image, self.transform, seed)
 
     def _decode(self, sample: Sample) -> Tensor | None:
-        try:
-            return to_tensor(decode_image(sample))
-        except SampleError as error:
-            self.bad.add(error)
+        image = decode_image(sample)
+        if isinstance(image, BadSample):
+            self.bad.add(image)
             return None
+        return to_tensor(image)
 
 
 def transformed(
@@ -256,18 +254,18 @@ class SampleStream(IterableDataset[Item]):
         self.source = source
         self.transform = without_normalization(transform)
         self.bad = bad
-        self.place = process_place()
+        self.place = rank(), world_size()
 
     def __iter__(self) -> Iterator[Item]:
         worker = get_worker_info()
-        rank, processes = self.place
+        place, processes = self.place
         workers = worker.num_workers if worker else 1
-        index = rank * workers + (worker.id if worker else 0)
-        for sample in skip_bad(shared_out(self.source, index, processes * workers), self.bad.add):
-            try:
-                image = decode_image(sample)
-            except SampleError as error:
-                self.bad.add(error)
+        index = place * workers + (worker.id if worker else 0)
+        samples = worker_shard(self.source, index, processes * workers)
+        for sample in good_samples(samples, self.bad.add):
+            image = decode_image(sample)
+            if isinstance(image, BadSample):
+                self.bad.add(image)
                 continue
             yield Item(self.transform(image), sample.label, sample.key, sample.domain)
 
@@ -317,8 +315,7 @@ def evaluation_loader(
         max_bad: samples that cannot be used are skipped and counted, up to so many.
 
     Raises:
-        SampleError: for a bad sample, while iterating, if ``max_bad`` is 0.
-        VlkrError: for more than ``max_bad``.
+        VlkrError: while iterating, for more than ``max_bad`` bad samples.
     """
     return EvaluationLoader(
         SampleStream(source, transform, BadSamples(max_bad)), batch_size, num_workers

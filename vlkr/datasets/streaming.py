@@ -11,51 +11,16 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlkr.datasets.images import decode_image
-from vlkr.datasets.parallel import without_traceback
 from vlkr.datasets.pipelines import BadSamples, Batch, EpochSampler, Item, collate, transformed
-from vlkr.datasets.sources import Sample, Source, skip_bad, unit_hash
+from vlkr.datasets.samples import BadSample, Sample, Source, good_samples, unit_hash
 from vlkr.datasets.transforms import TrainTransform, Transform, to_tensor
-from vlkr.errors import SampleError, VlkrError
+from vlkr.errors import VlkrError
+from vlkr.runtime import without_traceback
 
 _LANES = 8
 """Streams that an epoch's batches are taken from in turn; so many workers share the reading."""
 _OPEN = 2
 """Shards that a lane reads at once."""
-
-
-@dataclass(frozen=True)
-class PickedSource:
-    """Some samples of a source.
-
-    Attributes:
-        source: of all.
-        times: how often each key is given, one right behind the other.
-    """
-
-    source: Source
-    times: Mapping[str, int]
-
-    def __iter__(self) -> Iterator[Sample]:
-        return _Picked(iter(self.source), self.times)
-
-    def shards(self) -> Sequence[Source]:
-        """Those of the source; some may be empty."""
-        return [PickedSource(shard, self.times) for shard in self.source.shards()]
-
-
-class _Picked(Iterator[Sample]):
-    def __init__(self, samples: Iterator[Sample], times: Mapping[str, int]) -> None:
-        self.samples, self.times = samples, times
-        self.repeats: Iterator[Sample] = iter(())
-
-    def __next__(self) -> Sample:
-        for sample in self.repeats:
-            return sample
-        while True:
-            sample = next(self.samples)
-            if times := self.times.get(sample.key, 0):
-                self.repeats = iter([sample] * (times - 1))
-                return sample
 
 
 @dataclass(frozen=True)
@@ -184,14 +149,13 @@ class StreamedBatches(Dataset[Batch]):
         return collate([self._item(sample, epoch, batch) for sample in lane.take(batch)])
 
     def _item(self, sample: Sample, epoch: int, batch: int) -> Item | None:
-        try:
-            image = to_tensor(decode_image(sample))
-        except SampleError as error:
-            self.bad.add(error)
+        image = decode_image(sample)
+        if isinstance(image, BadSample):
+            self.bad.add(image)
             return None
         # The batch counts, for an epoch of several passes meets a sample again.
         seed = int(unit_hash(f"{epoch}/{batch}/{sample.key}", self.plan.seed) * 2**62)
-        return transformed(sample, image, self.transform, seed)
+        return transformed(sample, to_tensor(image), self.transform, seed)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "epoch": -1, "lanes": {}}
@@ -252,7 +216,7 @@ def _segment(shard: Source, number: int, first: int, last: int) -> Iterator[Samp
         VlkrError: if there are fewer.
     """
     position = first
-    for sample in islice(skip_bad(shard, lambda error: None), first, last):
+    for sample in islice(good_samples(shard), first, last):
         yield sample
         position += 1
     if position < last:

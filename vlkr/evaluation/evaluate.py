@@ -1,15 +1,33 @@
-"""The command ``vlkr evaluate``. Heavy imports wait until it runs, so that help is quick."""
+"""Evaluating a model in-distribution and under domain shift, from images to metrics."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.progress import TextColumn
+from torch import Tensor, nn
+
+from vlkr.caching import cached_tensors
+from vlkr.datasets import DataConfig, Dataset, load_dataset
 from vlkr.errors import VlkrError
-from vlkr.files import check_free
+from vlkr.evaluation.features import EvalModel, evaluation_mode, feature_batches
+from vlkr.evaluation.metrics import effective_robustness, measure, open_set_auroc
+from vlkr.evaluation.predictions import Predictions, predict
+from vlkr.evaluation.report import Evaluation
+from vlkr.files import check_free, read_json
+from vlkr.models.clip import ClipBundle, logit_scale
+from vlkr.models.loading import load_model
+from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
+from vlkr.runs import RunFolder, adapter_scale
+from vlkr.runtime import gather, is_first_process, processes, progress_bar
 
-if TYPE_CHECKING:
-    from vlkr.evaluation.report import Evaluation
+_TEXTS_PER_BATCH = 256
+_NO_TEMPLATES = "none (classes learnt from images)"
 
 
 def evaluate(
@@ -33,50 +51,32 @@ def evaluate(
     output: Path | None = None,
     force: bool = False,
 ) -> Evaluation:
-    """Measures a model on its home dataset and under domain shift.
+    """Evaluates a model by name or a run folder on datasets by name, as ``vlkr evaluate`` does.
 
     Args:
-        model: for zero-shot: ``tiny``, an open_clip name, ``hf-hub:org/repo``, ``local-dir:/path``.
-        pretrained: open_clip's tag or a path of weights.
-        run: for an adapted model: a folder written by ``vlkr adapt``.
-        datasets: cards' names or folders, the home dataset first; the run's own by default.
-        shifts: also measure the shifts that the home dataset's card names.
-        unknown: datasets of classes that the home dataset lacks; measures how well confidence
-            tells them apart (AUROC).
-        reference: ``metrics.json`` of zero-shot evaluations on the same datasets; measures
-            effective robustness against their line, or the line from chance to a single one.
-        split: which split of each dataset.
-        templates: in place of each dataset's own: prompts with ``{c}``, ``imagenet80``,
-            ``imagenet7``, a set of the dataset's card, or a file with a prompt a line.
-        test_fraction: of a folder without splits, the part that is its test split; by default the
-            run's, or 0.5. A run's own home keeps the run's.
-        batch_size: images at a time.
-        num_workers: processes that decode images; 0 does it in the main one.
-        device: ``auto``, ``cpu``, ``cuda``, ...
-        devices: processes that share the images; under ``torchrun`` its number counts.
-        cache: keep class embeddings, and image features of an image tower without adapters, in
-            ``$VLKR_CACHE`` (``~/.cache/vlkr``), at most 4 GiB.
-        keep_predictions: write what is said of each image, ``predictions/DATASET.jsonl``.
-        max_bad: of each dataset, images that cannot be used are left out, up to so many.
-        output: folder for ``metrics.json``, ``report.md``, ``confusion.json`` and
-            ``reliability.png``.
-        force: write into a folder that holds something.
+        model: for zero-shot evaluation; either this or ``run``.
+        pretrained: open_clip tag or path of weights.
+        run: folder of an adapted model.
+        datasets: card names or folders, the in-distribution one first; the run's own by default.
+        shifts: also evaluate the shifts that the card of the first dataset names.
+        unknown: datasets of classes that the first dataset lacks.
+        reference: zero-shot evaluations on disk, for effective robustness.
+        split: split of each dataset.
+        templates: in place of each dataset's own.
+        test_fraction: fraction held out for testing if a folder has no splits.
+        batch_size: images per batch.
+        num_workers: processes that decode images.
+        device: where to compute.
+        devices: number of evaluation processes.
+        cache: keep class embeddings and features of a frozen image tower on disk.
+        keep_predictions: keep and write per-image predictions.
+        max_bad: maximum number of invalid images to skip per dataset.
+        output: folder to write; None writes nothing.
+        force: allow a non-empty output folder.
 
     Raises:
         VlkrError: for a model, run or dataset that cannot be read.
     """
-    from vlkr.datasets import DataOptions, load_dataset
-    from vlkr.evaluation.distributed import processes, rank
-    from vlkr.evaluation.outputs import write_evaluation
-    from vlkr.evaluation.robustness import (
-        Reference,
-        add_effective_robustness,
-        check_references,
-    )
-    from vlkr.evaluation.runs import home_and_shifts, load_run, run_context, run_dataset
-    from vlkr.evaluation.zero_shot import evaluate_bundle
-    from vlkr.models.loading import load_model
-
     if (model is None) == (run is None):
         both = "" if model is None else ", not both"
         raise VlkrError(f"evaluate needs either --model NAME or --run DIR{both}")
@@ -85,25 +85,25 @@ def evaluate(
     if output is not None:
         check_free(output, force=force)
     references = [Reference(path) for path in reference or []]
-    home = None
+    first = None
     context: dict[str, Any] = {}
     if run is not None:
-        bundle, config = load_run(run)
-        context = run_context(bundle, config)
-        templates = config["data"]["templates"] if templates is None else templates
-        if test_fraction is None:
-            test_fraction = config["data"]["test_fraction"]
-        home = run_dataset(config) if datasets is None else None
+        folder = RunFolder.open(run)
+        bundle, data = folder.load_model(), folder.config.data
+        context = folder.config.context(adapter_scale(bundle))
+        templates = data.templates if templates is None else templates
+        test_fraction = data.test_fraction if test_fraction is None else test_fraction
+        first = folder.dataset() if datasets is None else None
     else:
         bundle = load_model(str(model), pretrained)
         datasets = datasets or ["digits"]
-    test_fraction = DataOptions.test_fraction if test_fraction is None else test_fraction
-    loaded = home_and_shifts(home, datasets or [], shifts, templates, test_fraction)
+    test_fraction = DataConfig.test_fraction if test_fraction is None else test_fraction
+    loaded = with_shifts(first, datasets or [], shifts, templates, test_fraction)
     if references:
         check_references(references, loaded, split)
     strangers = [load_dataset(name, test_fraction=test_fraction) for name in unknown or []]
     with processes(devices, device) as own_device:
-        evaluation = evaluate_bundle(
+        evaluation = evaluate_model(
             bundle,
             loaded,
             split=split,
@@ -115,10 +115,249 @@ def evaluate(
             cache=cache,
             max_bad=max_bad,
         )
-        is_first = rank() == 0
+        is_first = is_first_process()
     evaluation.context |= context
     if references:
         add_effective_robustness(evaluation, references)
     if output is not None and is_first:
-        write_evaluation(evaluation, output)
+        evaluation.write(output)
     return evaluation
+
+
+def with_shifts(
+    first: Dataset | None,
+    names: Sequence[str],
+    shifts: bool,
+    templates: Sequence[str] | None,
+    test_fraction: float,
+) -> list[Dataset]:
+    """Loads the datasets to evaluate on, the in-distribution one first.
+
+    Args:
+        first: the in-distribution dataset; None for the first of ``names``.
+        names: card names or folders.
+        shifts: add those that the first dataset's card names.
+        templates: for all of them, None for each dataset's own.
+        test_fraction: fraction held out for testing if a folder has no splits.
+    """
+    loaded = [] if first is None else [first]
+    loaded += [load_dataset(name, test_fraction=test_fraction) for name in names]
+    if shifts:
+        known = {dataset.name for dataset in loaded}
+        more = [name for name in loaded[0].shifts if name not in known]
+        loaded += [load_dataset(name, test_fraction=test_fraction) for name in more]
+    return [dataset.with_templates(templates) for dataset in loaded]
+
+
+def evaluate_model(
+    bundle: ClipBundle,
+    datasets: Sequence[Dataset],
+    *,
+    split: str = "test",
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: str = "auto",
+    unknown: Sequence[Dataset] = (),
+    keep_predictions: bool = False,
+    cache: bool = False,
+    max_bad: int = 0,
+) -> Evaluation:
+    """Evaluates a loaded model, with or without adapters, on loaded datasets.
+
+    With a torch.distributed process group each process takes its share of the images, and all of
+    them return the same.
+
+    Args:
+        bundle: the model; its adapters are merged during the evaluation and restored after it.
+        datasets: the in-distribution dataset first.
+        split: split of each dataset.
+        batch_size: images per batch.
+        num_workers: processes that decode images.
+        device: where to compute.
+        unknown: datasets whose images are all of classes that the first dataset does not have.
+        keep_predictions: keep per-image predictions, in each result's ``predictions``.
+        cache: keep class embeddings, and features of a frozen image tower, on disk.
+        max_bad: maximum number of invalid images to skip per dataset.
+
+    Raises:
+        VlkrError: for a split that is missing or empty, an image that cannot be read, or logits
+            that are not finite.
+    """
+    for dataset in (*datasets, *unknown):
+        dataset.source(split)
+    progress = progress_bar(TextColumn("{task.completed} images"))
+    embeddings: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
+
+    with evaluation_mode(bundle, device) as model, progress:
+
+        def predictions(dataset: Dataset, classes: Dataset) -> Predictions:
+            """Classifies a dataset's images into the classes of a possibly different dataset."""
+            texts = (classes.class_names, classes.templates)
+            if texts not in embeddings:
+                embeddings[texts] = dataset_embeddings(model, classes, cache=cache)
+            task = progress.add_task(dataset.name, total=dataset.sizes.get(split))
+            parts: list[Predictions] = []
+            problem: VlkrError | None = None
+            try:
+                for part in feature_batches(
+                    model,
+                    dataset.source(split),
+                    batch_size,
+                    num_workers,
+                    cache=cache,
+                    max_bad=max_bad,
+                    advance=lambda images: progress.advance(task, images),
+                ):
+                    logits = _logits(model.module, part.features, embeddings[texts])
+                    if not logits.isfinite().all():
+                        raise VlkrError(
+                            f"the model's logits on {dataset.name} are not finite: its training "
+                            "diverged, or its weights are damaged"
+                        )
+                    parts.append(predict(logits, part.labels, part.keys, part.domains))
+            except VlkrError as error:
+                problem = error
+            joined = Predictions.joined(gather(Predictions.joined(parts), problem))
+            _check_complete(joined, dataset, split, max_bad)
+            return joined
+
+        known = [predictions(dataset, dataset) for dataset in datasets]
+        open_set = [predictions(dataset, datasets[0]) for dataset in unknown]
+    if bundle.head is not None:
+        datasets = [replace(d, template_set=_NO_TEMPLATES) for d in datasets]
+    results = [
+        measure(predicted, dataset, split, keep=keep_predictions)
+        for dataset, predicted in zip(datasets, known, strict=True)
+    ]
+    context: dict[str, Any] = {
+        "model": bundle.name,
+        "pretrained": bundle.pretrained,
+        "weights_sha256": bundle.weights_hash,
+    }
+    if unknown:
+        results[0].metrics["auroc"] = open_set_auroc(known[0], Predictions.joined(open_set))
+        counts = zip(unknown, open_set, strict=True)
+        context["unknown"] = " ".join(f"{d.name} ({len(predicted)})" for d, predicted in counts)
+    return Evaluation(results, context)
+
+
+def _check_complete(predictions: Predictions, dataset: Dataset, split: str, max_bad: int) -> None:
+    """Refuses a wrong number of images, and keys that several shards share."""
+    number = len(predictions)
+    expected = dataset.sizes.get(split, number)
+    if not number or not expected - max_bad <= number <= expected:
+        raise VlkrError(
+            f"dataset {dataset.name!r} has {number or 'no'} images in its split {split!r}, "
+            f"expected {expected or 'some'}"
+        )
+    if len(set(predictions.keys)) < number:
+        key, times = Counter(predictions.keys).most_common(1)[0]
+        raise VlkrError(
+            f"dataset {dataset.name!r} has the key {key!r} {times} times in its split {split!r}; "
+            "vlkr data verify lists what is wrong"
+        )
+
+
+def dataset_embeddings(model: EvalModel, dataset: Dataset, *, cache: bool) -> Tensor:
+    """Returns the model's classifier for a dataset, from its class names and templates.
+
+    Args:
+        model: with a text tower, or with learned class embeddings.
+        dataset: class names and templates.
+        cache: keep it on disk, under the text tower's weights, the names and the templates.
+
+    Returns:
+        ``(num_classes, embed_dim)``, normalized, on the model's device.
+    """
+    bundle = model.bundle
+    if bundle.head is not None:
+        learned: Tensor = bundle.head(dataset.class_names)
+        return learned.detach().to(model.device)
+
+    def make() -> tuple[dict[str, Tensor], dict[str, str]]:
+        prompts = tokenize_prompts(bundle.tokenizer, dataset.class_names, dataset.templates)
+        prompts = prompts.to(model.device)
+        embeddings = class_embeddings(bundle.model, prompts, chunk=_TEXTS_PER_BATCH)
+        return {"embeddings": embeddings}, {"model": bundle.label}
+
+    if not cache:
+        return make()[0]["embeddings"]
+    key = {
+        "weights": model.text_tower_hash,
+        "architecture": json.dumps(bundle.model_cfg, sort_keys=True, default=str),
+        "class_names": dataset.class_names,
+        "templates": dataset.templates,
+    }
+    tensors, _ = cached_tensors("class_embeddings", key, make)
+    return tensors["embeddings"].to(model.device)
+
+
+def _logits(model: nn.Module, features: Tensor, embeddings: Tensor) -> Tensor:
+    """Returns logits on the CPU and in fp64, so that no digit depends on the batch size."""
+    scale = logit_scale(model).cpu().double()
+    return scale * features.cpu().double() @ embeddings.cpu().double().T
+
+
+class Reference:
+    """Top-1 accuracies of a zero-shot model, read from disk.
+
+    Args:
+        path: ``metrics.json`` of ``vlkr evaluate``, or the folder that holds it.
+
+    Attributes:
+        label: the model's name and its weights' hash.
+
+    Raises:
+        VlkrError: if there is no such evaluation.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path / "metrics.json" if path.is_dir() else path
+        content = read_json(self.path)
+        try:
+            self.label = f"{content['model']} ({content['weights_sha256'][:12]})"
+            self._acc1 = {
+                (result["dataset"], result["split"]): float(result["metrics"]["acc1"])
+                for result in content["results"]
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise VlkrError(f"{self.path} is not an evaluation of a model: {error}") from error
+        if "adapter" in content:
+            raise VlkrError(f"{self.path} is of an adapted model, expected a zero-shot one")
+
+    def accuracy(self, dataset: str, split: str) -> float:
+        """Returns the accuracy on a split of a dataset; :class:`VlkrError` if there is none."""
+        if (dataset, split) not in self._acc1:
+            raise VlkrError(f"{self.path} has no result on dataset {dataset!r}, split {split!r}")
+        return self._acc1[dataset, split]
+
+
+def check_references(
+    references: Sequence[Reference], datasets: Sequence[Dataset], split: str
+) -> None:
+    """Raises :class:`VlkrError` unless there is a shift, and the references cover all datasets."""
+    if len(datasets) < 2:
+        raise VlkrError("effective robustness needs a shift, and there is only one dataset")
+    for reference in references:
+        for dataset in datasets:
+            reference.accuracy(dataset.name, split)
+
+
+def add_effective_robustness(evaluation: Evaluation, references: Sequence[Reference]) -> None:
+    """Adds ``effective_robustness`` to each shift's metrics, and the references to the context.
+
+    With a single zero-shot model the line runs from chance to it.
+    """
+    first = evaluation.in_distribution
+    for shift in evaluation.shifts:
+        points = [
+            (model.accuracy(first.dataset, first.split), model.accuracy(shift.dataset, shift.split))
+            for model in references
+        ]
+        if len(points) == 1:
+            points.append((1 / len(first.class_names), 1 / len(shift.class_names)))
+        shift.metrics["effective_robustness"] = effective_robustness(
+            first.metrics["acc1"], shift.metrics["acc1"], points
+        )
+    names = [model.label for model in references] + ["chance"] * (len(references) == 1)
+    evaluation.context["effective robustness against"] = " and ".join(names)

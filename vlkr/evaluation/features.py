@@ -14,16 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from vlkr.adapters import merged
-from vlkr.adapters.inject import hosts
+from vlkr.adapters.hosts import adapter_layers, weights_hash
+from vlkr.caching import cached_tensors
 from vlkr.datasets import Dataset, Source
-from vlkr.datasets.parallel import check_num_workers
 from vlkr.datasets.pipelines import evaluation_loader
-from vlkr.datasets.sources import skip_bad
+from vlkr.datasets.samples import good_samples
 from vlkr.errors import VlkrError
-from vlkr.evaluation.cache import cached
-from vlkr.evaluation.distributed import world_size
-from vlkr.hashing import weights_hash
-from vlkr.models.clip import ClipBundle, encode_image, pick_device
+from vlkr.models.clip import ClipBundle, encode_image
+from vlkr.runtime import check_num_workers, pick_device, world_size
 
 # A matrix product of few rows takes another kernel, whose sums differ in the last bits; padded to
 # a multiple of this many rows an image's features do not depend on who shares its batch.
@@ -32,13 +30,13 @@ _ROWS = 16
 
 @dataclass(frozen=True)
 class Features:
-    """Image features, and what is known of the images.
+    """Image features of a batch or a split, and the labels of the images.
 
     Attributes:
         keys: of the samples.
         labels: ``(num_images)``, int64.
-        domains: of the samples, None where the data does not tell.
-        features: ``(num_images, embed_dim)``, normalised, fp32.
+        domains: of the samples, None where the data has none.
+        features: ``(num_images, embed_dim)``, normalized, fp32.
     """
 
     keys: list[str]
@@ -48,7 +46,7 @@ class Features:
 
     @classmethod
     def joined(cls, parts: Iterable[Features]) -> Features:
-        """All of them, in order, on the CPU."""
+        """Returns all parts, in order, on the CPU."""
         parts = list(parts)
         return cls(
             [key for part in parts for key in part.keys],
@@ -58,7 +56,7 @@ class Features:
         )
 
     def split(self, size: int) -> Iterator[Features]:
-        """Parts of at most ``size`` images."""
+        """Yields parts of at most ``size`` images."""
         for i in range(0, len(self.keys), size):
             part = slice(i, i + size)
             yield Features(
@@ -77,28 +75,28 @@ def image_features(
     cache: bool = True,
     max_bad: int = 0,
 ) -> Features:
-    """Features of every image of a split, in the source's order.
+    """Returns the features of every image of a split, in the source's order.
 
     They are cached under the image tower's weights, the preprocessing and the images' bytes,
     unless the tower carries adapters.
 
     Args:
-        bundle: the model; adapters count.
+        bundle: the model, with or without adapters.
         dataset: with the split.
-        split: which images.
-        batch_size: images at a time.
+        split: name.
+        batch_size: images per batch.
         num_workers: processes that decode images.
         device: where to compute.
-        cache: read and keep them on disk.
-        max_bad: images that cannot be used are left out, up to so many.
+        cache: keep them on disk.
+        max_bad: maximum number of invalid images to skip before failing.
 
     Raises:
         VlkrError: if the split is missing or empty, or more images cannot be used.
     """
     source = dataset.source(split)
-    with measured(bundle, device) as subject:
+    with evaluation_mode(bundle, device) as model:
         parts = list(
-            feature_batches(subject, source, batch_size, num_workers, cache=cache, max_bad=max_bad)
+            feature_batches(model, source, batch_size, num_workers, cache=cache, max_bad=max_bad)
         )
     if not parts:
         raise VlkrError(f"dataset {dataset.name!r} has no images in its split {split!r}")
@@ -106,45 +104,40 @@ def image_features(
 
 
 @dataclass
-class Measured:
-    """A model as it is measured: on its device, without gradients, adapters merged.
-
-    Attributes:
-        bundle: the model and what belongs to it.
-        device: where it lies.
-    """
+class EvalModel:
+    """A model during evaluation: on its device, without gradients, adapters merged."""
 
     bundle: ClipBundle
     device: torch.device
 
     @property
-    def model(self) -> nn.Module:
-        """The model."""
+    def module(self) -> nn.Module:
+        """The PyTorch model."""
         return self.bundle.model
 
     @cached_property
     def image_tower_hash(self) -> str:
-        """Of the weights that image features depend on, merged adapters among them."""
-        return weights_hash(self.model.get_submodule("visual"))
+        """Hash of the weights that image features depend on, merged adapters included."""
+        return weights_hash(self.module.get_submodule("visual"))
 
     @cached_property
     def text_tower_hash(self) -> str:
-        """Of the weights that class embeddings depend on, merged adapters among them."""
-        return weights_hash(self.model, without="visual")
+        """Hash of the weights that class embeddings depend on, merged adapters included."""
+        return weights_hash(self.module, without="visual")
 
 
 @contextmanager
-def measured(bundle: ClipBundle, device: str) -> Iterator[Measured]:
-    """Puts a model on a device and merges its adapters within the block."""
+def evaluation_mode(bundle: ClipBundle, device: str) -> Iterator[EvalModel]:
+    """Within the block the model is on a device and its adapters are merged."""
     target = pick_device(device)
     model = bundle.model.to(target).eval()
-    adapted = any(True for _ in hosts(model))
+    adapted = any(True for _ in adapter_layers(model))
     with merged(model) if adapted else nullcontext(), torch.inference_mode():
-        yield Measured(bundle, target)
+        yield EvalModel(bundle, target)
 
 
 def feature_batches(
-    subject: Measured,
+    model: EvalModel,
     source: Source,
     batch_size: int,
     num_workers: int,
@@ -153,22 +146,22 @@ def feature_batches(
     max_bad: int = 0,
     advance: Callable[[int], object] = lambda images: None,
 ) -> Iterator[Features]:
-    """A split's features batch by batch; of several processes, each has its share.
+    """Yields a split's features batch by batch; of several processes, each has its share.
 
     Args:
-        subject: the model.
+        model: in evaluation mode.
         source: the images.
-        batch_size: images at a time.
+        batch_size: images per batch.
         num_workers: processes that decode images.
-        cache: read and keep those of a frozen image tower on disk, unless processes share them.
-        max_bad: images that cannot be used are left out, up to so many.
+        cache: keep those of a frozen image tower on disk, unless processes share the images.
+        max_bad: maximum number of invalid images to skip before failing.
         advance: called with the number of images of each batch that was encoded.
     """
     if batch_size < 1:
         raise VlkrError(f"batch size {batch_size} is too small, expected at least 1")
     check_num_workers(num_workers)
-    encoded = _encoded(subject, source, batch_size, num_workers, max_bad, advance)
-    adapted = any(path.split(".")[0] == "visual" for path, _ in hosts(subject.model))
+    encoded = _encoded(model, source, batch_size, num_workers, max_bad, advance)
+    adapted = any(path.split(".")[0] == "visual" for path, _ in adapter_layers(model.module))
     if not cache or adapted or world_size() > 1:
         yield from encoded
         return
@@ -182,21 +175,21 @@ def feature_batches(
         return {"labels": whole.labels, "features": whole.features}, texts
 
     key = {
-        "weights": subject.image_tower_hash,
-        "preprocess": json.dumps(subject.bundle.preprocess_cfg, sort_keys=True, default=str),
+        "weights": model.image_tower_hash,
+        "preprocess": json.dumps(model.bundle.preprocess_cfg, sort_keys=True, default=str),
         "images": fingerprint(source),
         "max_bad": max_bad,
     }
-    tensors, texts = cached("image_features", key, make)
+    tensors, texts = cached_tensors("image_features", key, make)
     if tensors:
         keys, domains = json.loads(texts["keys"]), json.loads(texts["domains"])
         yield from Features(keys, tensors["labels"], domains, tensors["features"]).split(batch_size)
 
 
 def fingerprint(source: Source) -> str:
-    """A hash of keys, labels, domains and encoded images, in order."""
+    """Returns a hash of keys, labels, domains and encoded images, in order."""
     digest = blake2b(digest_size=32)
-    for sample in skip_bad(source, lambda error: None):
+    for sample in good_samples(source):
         about: list[Any] = [sample.key, sample.label, sample.domain, len(sample.image)]
         digest.update(json.dumps(about).encode())
         digest.update(sample.image)
@@ -204,7 +197,7 @@ def fingerprint(source: Source) -> str:
 
 
 def _encoded(
-    subject: Measured,
+    model: EvalModel,
     source: Source,
     batch_size: int,
     num_workers: int,
@@ -212,13 +205,13 @@ def _encoded(
     advance: Callable[[int], object],
 ) -> Iterator[Features]:
     rows = min(_ROWS, batch_size)
-    transform = subject.bundle.preprocess
+    transform = model.bundle.preprocess
     loader = evaluation_loader(source, transform, batch_size, num_workers, max_bad=max_bad)
     for batch in loader:
         number, images = len(batch.keys), batch.images
         if missing := -number % rows:
             images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
-        images = loader.normalize(images.to(subject.device))
-        features = encode_image(subject.model, images)[:number]
+        images = loader.normalize(images.to(model.device))
+        features = encode_image(model.module, images)[:number]
         advance(number)
         yield Features(batch.keys, batch.labels, batch.domains, features.float())

@@ -1,4 +1,4 @@
-"""The command ``vlkr interpolate``: WiSE-FT along an adapter. Heavy imports wait until it runs."""
+"""WiSE-FT: a run's accuracy between its base model and its adapter, and beyond."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from typing import Any
 
 from rich.console import Console
 
+from vlkr.adapters import set_adapter_scale
 from vlkr.errors import VlkrError
-from vlkr.evaluation.report import (
-    DatasetResult,
-    Evaluation,
-    caption,
-    cell,
-    markdown_table,
-    rich_table,
-)
+from vlkr.evaluation.evaluate import evaluate_model, with_shifts
+from vlkr.evaluation.metrics import DatasetResult
+from vlkr.evaluation.report import Evaluation
 from vlkr.files import check_free, write_json, write_text
+from vlkr.reporting.table import Table, percent
+from vlkr.runs import RunFolder, adapter_scale
 
 BEST = "best"
 _TITLE = "Top-1 accuracy along the adapter"
@@ -27,12 +25,12 @@ _TITLE = "Top-1 accuracy along the adapter"
 
 @dataclass(frozen=True)
 class Point:
-    """The model with its adapter's change times ``alpha``.
+    """The model with its adapter's weight update times ``alpha``.
 
     Attributes:
         alpha: 0 is the base model, 1 the adapted one.
         validation: on the run's validation images, None where there are none.
-        evaluation: at home and under shift.
+        evaluation: in-distribution and under shift.
     """
 
     alpha: float
@@ -55,45 +53,44 @@ class Interpolation:
     context: dict[str, Any] = field(default_factory=dict)
     output: Path | None = None
     saved: float | None = None
+    exit_code = 0
 
     @property
     def best(self) -> Point | None:
-        """Highest top-1 accuracy on the validation images, ties by their likelihood."""
-        measured = [(point, point.validation) for point in self.points]
+        """The point with the highest top-1 accuracy on the validation images, ties by their NLL."""
         scores = [
-            (found.metrics["acc1"], -found.metrics["nll"], point)
-            for point, found in measured
-            if found is not None
+            (point.validation.metrics["acc1"], -point.validation.metrics["nll"], point)
+            for point in self.points
+            if point.validation is not None
         ]
         return max(scores, key=lambda score: score[:2])[2] if scores else None
 
-    def rows(self) -> list[list[str]]:
-        """The table: a row an alpha, the best one starred."""
+    def tables(self) -> list[Table]:
+        """Returns one row per alpha, the best one starred."""
         first = self.points[0].evaluation
-        header = ["alpha", "validation %", f"{first.home.dataset} (home) %"]
+        header = ["alpha", "validation %", f"{first.in_distribution.dataset} (home) %"]
         shifts = first.shifts
         if len(shifts) == 1:
             header.append(f"{shifts[0].dataset} %")
         elif shifts:
             header += [f"mean of {len(shifts)} shifts %", "worst shift %"]
-        return [header, *(self._row(point) for point in self.points)]
-
-    def _row(self, point: Point) -> list[str]:
-        found = point.evaluation
-        validation = point.validation
-        row = [
-            f"{point.alpha:g}{' *' if point is self.best else ''}",
-            "" if validation is None else cell("acc1", validation.metrics["acc1"]),
-            cell("acc1", found.home.metrics["acc1"]),
-        ]
-        if found.shifts:
-            row.append(cell("acc1", found.mean_shift()))
-        if len(found.shifts) > 1:
-            row.append(cell("acc1", found.worst_shift().metrics["acc1"]))
-        return row
+        rows = []
+        for point in self.points:
+            evaluation, validation = point.evaluation, point.validation
+            row = [
+                f"{point.alpha:g}{' *' if point is self.best else ''}",
+                "" if validation is None else percent(validation.metrics["acc1"]),
+                percent(evaluation.in_distribution.metrics["acc1"]),
+            ]
+            if shifts:
+                row.append(percent(evaluation.mean_shift()))
+            if len(shifts) > 1:
+                row.append(percent(evaluation.worst_shift().metrics["acc1"]))
+            rows.append(row)
+        return [Table.of(_TITLE, [header, *rows])]
 
     def note(self) -> str:
-        """How the best alpha was chosen, and what the numbers depend on."""
+        """Returns how the best alpha was chosen, and what the numbers depend on."""
         validation = self.points[0].validation
         rule = (
             "No best alpha: the run has no validation image, and the test split is not to choose on"
@@ -101,18 +98,17 @@ class Interpolation:
             else f"* best alpha {self.best.alpha:g}: highest top-1 on the run's {validation.images}"
             " validation images, ties by their likelihood"
         )
-        return f"{rule}. {caption(self.points[0].evaluation, self.context)}"
+        return f"{rule}. {self.points[0].evaluation.caption(self.context)}"
 
-    def show(self, console: Console) -> None:
-        """Prints the table, its context and where everything lies."""
-        console.print(rich_table(self.rows(), _TITLE))
-        console.print(self.note(), style="dim", highlight=False, markup=False)
-        if self.output is not None:
-            saved = "" if self.saved is None else f", a run with alpha {self.saved:g} in it"
-            console.print(f"Written: {self.output}{saved}", highlight=False, markup=False)
+    def lines(self) -> list[str]:
+        """Returns the note, and what was written."""
+        if self.output is None:
+            return [self.note()]
+        saved = "" if self.saved is None else f", a run with alpha {self.saved:g} in it"
+        return [self.note(), f"Written: {self.output}{saved}"]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, for a program."""
+        """Returns the context and every point."""
         return {
             **self.context,
             "best_alpha": None if self.best is None else self.best.alpha,
@@ -128,6 +124,41 @@ class Interpolation:
                 for point in self.points
             ],
         }
+
+    def plot(self, path: Path) -> None:
+        """Draws accuracy under shift over in-distribution accuracy, one point per alpha."""
+        from vlkr.reporting.figures import BLUE, GRAY, ORANGE, panels, plain, save_figure
+
+        figure, (axes,) = panels(1, 6.4, 5, 1)
+        evaluations = [point.evaluation for point in self.points]
+        x = [100 * e.in_distribution.metrics["acc1"] for e in evaluations]
+        shifts = evaluations[0].shifts
+        for i, shift in enumerate(shifts):
+            y = [100 * e.shifts[i].metrics["acc1"] for e in evaluations]
+            axes.plot(x, y, color=GRAY, linewidth=0.8)
+            axes.annotate(shift.dataset, (x[-1], y[-1]), fontsize=7, color=GRAY)
+        means = [100 * e.mean_shift() for e in evaluations]
+        name = shifts[0].dataset if len(shifts) == 1 else f"mean of {len(shifts)} shifts"
+        axes.plot(x, means, "o-", color=BLUE, markersize=4, label=name)
+        for point, *place in zip(self.points, x, means, strict=True):
+            if point is self.best:
+                axes.plot(*place, "*", color=ORANGE, markersize=14, label="best on validation")
+            style = {"textcoords": "offset points", "fontsize": 7, "color": BLUE}
+            axes.annotate(f"{point.alpha:g}", place, (4, 4), **style)
+        axes.set_xlabel(f"top-1 accuracy on {evaluations[0].in_distribution.dataset} (home), %")
+        axes.set_ylabel("top-1 accuracy under shift, %")
+        axes.set_title("Along the adapter, by alpha", loc="left")
+        axes.legend(frameon=False)
+        plain(axes)
+        save_figure(figure, path)
+
+    def write(self, output: Path) -> None:
+        """Writes ``interpolation.json``, ``report.md`` and, with shifts, ``interpolation.png``."""
+        write_json(output / "interpolation.json", self.to_json())
+        (table,) = self.tables()
+        write_text(output / "report.md", f"# {_TITLE}\n\n{table.markdown()}\n{self.note()}.\n")
+        if self.points[0].evaluation.shifts:
+            self.plot(output / "interpolation.png")
 
 
 def interpolate(
@@ -145,64 +176,50 @@ def interpolate(
     output: Path | None = None,
     force: bool = False,
 ) -> Interpolation:
-    """Measures a run between its base model and its adapter, and beyond (WiSE-FT).
+    """Evaluates a run between its base model and its adapter, and beyond (WiSE-FT).
 
-    The adapter's change is scaled by alpha, which moves every adapted weight along the line of
+    The weight update is scaled by alpha, which moves every adapted weight along the line of
     Wortsman et al. (2022, arXiv 2109.01903, section 3). The best alpha is chosen on the run's
-    validation images: the dataset's own split ``val``, or the few that were set aside. Class
-    embeddings that a model without text has learnt stay as they are.
+    validation images: the dataset's own split ``val``, or the few that were set aside. Learned
+    class embeddings of a model without text stay as they are.
 
     Args:
-        run: folder written by ``vlkr adapt``.
-        datasets: cards' names or folders, the home dataset first; the run's own by default.
-        shifts: also measure the shifts that the home dataset's card names.
-        alphas: 0, 0.1, ..., 1 by default.
-        save: an alpha, or ``best``: makes ``output`` a run folder with the scaled adapter, for
-            ``vlkr evaluate`` and ``vlkr export``.
-        split: which split of each dataset is measured.
-        templates: in place of each dataset's own, as for ``vlkr evaluate``.
-        batch_size: images at a time.
+        run: folder of a run.
+        datasets: card names or folders, the in-distribution one first; the run's own by default.
+        shifts: also evaluate the shifts that the card of the first dataset names.
+        alphas: scales of the adapter; 0, 0.1, ..., 1 by default.
+        save: an alpha, or ``best``: makes ``output`` a run folder with the scaled adapter.
+        split: split of each dataset.
+        templates: in place of each dataset's own.
+        batch_size: images per batch.
         num_workers: processes that decode images.
-        device: ``auto``, ``cpu``, ``cuda``, ...
-        cache: keep class embeddings, and image features where the image tower has no adapter, on
-            disk.
-        output: folder for ``interpolation.json``, ``report.md`` and ``interpolation.png``.
-        force: write into a folder that holds something.
+        device: where to compute.
+        cache: keep class embeddings and features of a frozen image tower on disk.
+        output: folder to write; None writes nothing.
+        force: allow a non-empty output folder.
 
     Raises:
         VlkrError: for a run or dataset that cannot be read, or ``save best`` without a validation
             image.
     """
-    from vlkr.adapters import set_adapter_scale
-    from vlkr.evaluation.runs import (
-        adapter_scale,
-        home_and_shifts,
-        load_run,
-        run_context,
-        run_dataset,
-        run_validation,
-        save_scaled_run,
-    )
-    from vlkr.evaluation.zero_shot import evaluate_bundle
-
     steps = _check_alphas([i / 10 for i in range(11)] if alphas is None else alphas)
     wanted = None if save in (None, BEST) else _alpha(str(save))
     if save is not None and output is None:
         raise VlkrError(f"--save {save} needs a folder to write to: --output DIR")
     if output is not None:
         check_free(output, force=force)
-    bundle, config = load_run(run)
-    context = run_context(bundle, config)
-    validation = run_validation(config, templates)
+    folder = RunFolder.open(run)
+    bundle, data = folder.load_model(), folder.config.data
+    context = folder.config.context(adapter_scale(bundle))
+    validation = folder.validation(templates)
     if save == BEST and validation is None:
         raise VlkrError(
             f"--save best needs validation images, and {run} has none: its classes have no more "
             "images than the shots; give an alpha"
         )
-    templates = config["data"]["templates"] if templates is None else templates
-    home = run_dataset(config) if datasets is None else None
-    test_fraction = config["data"]["test_fraction"]
-    loaded = home_and_shifts(home, datasets or [], shifts, templates, test_fraction)
+    templates = data.templates if templates is None else templates
+    home = folder.dataset() if datasets is None else None
+    loaded = with_shifts(home, datasets or [], shifts, templates, data.test_fraction)
     trained = adapter_scale(bundle)
     console = Console(stderr=True)
 
@@ -217,8 +234,8 @@ def interpolate(
         }
         seen = None
         if validation is not None:
-            seen = evaluate_bundle(bundle, [validation], split="val", **options).home
-        return Point(alpha, seen, evaluate_bundle(bundle, loaded, split=split, **options))
+            seen = evaluate_model(bundle, [validation], split="val", **options).in_distribution
+        return Point(alpha, seen, evaluate_model(bundle, loaded, split=split, **options))
 
     try:
         result = Interpolation([measure(alpha) for alpha in steps], context, output)
@@ -229,9 +246,9 @@ def interpolate(
         if save is not None:
             assert result.best is not None or wanted is not None
             result.saved = result.best.alpha if wanted is None and result.best else wanted
-        _write(result, output)
+        result.write(output)
         if result.saved is not None:
-            save_scaled_run(bundle, config, result.saved * trained, output)
+            RunFolder(output, folder.config).save_scaled(bundle, result.saved * trained)
     return result
 
 
@@ -250,13 +267,3 @@ def _alpha(text: str) -> float:
     except ValueError as error:
         raise VlkrError(f"--save {text!r} is neither a number nor 'best'") from error
     return _check_alphas([alpha])[0]
-
-
-def _write(result: Interpolation, output: Path) -> None:
-    from vlkr.evaluation.plots import plot_interpolation
-
-    write_json(output / "interpolation.json", result.to_json())
-    table = markdown_table(result.rows())
-    write_text(output / "report.md", f"# {_TITLE}\n\n{table}\n{result.note()}.\n")
-    if result.points[0].evaluation.shifts:
-        plot_interpolation(result, output / "interpolation.png")

@@ -1,7 +1,7 @@
-"""Metrics of classification, from predictions sorted by key: the same sums on one process or many.
+"""Classification metrics of predictions in their order, the same for one process or many.
 
 Every value is a fraction in [0, 1] but for the negative log-likelihood (nats) and effective
-robustness (a difference of fractions). What is not defined is an error or is left out, never NaN.
+robustness (a difference of fractions). What is undefined is an error or is left out, never NaN.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ from torchmetrics.functional.classification import (
     multiclass_f1_score,
 )
 
+from vlkr.datasets import Dataset
 from vlkr.errors import VlkrError
 from vlkr.evaluation.predictions import Predictions
-from vlkr.evaluation.report import ReliabilityBin
 
 BINS = 15
 _CLIP = 1e-3
@@ -33,14 +34,7 @@ _BELOW_ONE = math.nextafter(1.0, 0.0)
 
 @dataclass(frozen=True)
 class Confused:
-    """A class that is taken for another.
-
-    Attributes:
-        label: the true class.
-        predicted: the class it is taken for.
-        images: how often.
-        fraction: of the true class's images.
-    """
+    """A class that is predicted for another: how often, and for which fraction of its images."""
 
     label: str
     predicted: str
@@ -50,14 +44,115 @@ class Confused:
 
 @dataclass(frozen=True)
 class DomainAccuracy:
-    """One domain's number of images and top-1 accuracy."""
+    """The number of images and the top-1 accuracy of one domain."""
 
     images: int
     acc1: float
 
 
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """The images with a confidence in ``[lower, upper)``; the last bin includes ``upper``.
+
+    Attributes:
+        lower: edge.
+        upper: edge.
+        images: number of images, at least 1.
+        confidence: mean confidence.
+        accuracy: fraction predicted correctly.
+    """
+
+    lower: float
+    upper: float
+    images: int
+    confidence: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class DatasetResult:
+    """The metrics of one split of a dataset.
+
+    Attributes:
+        dataset: name.
+        split: name.
+        images: number of images.
+        templates: name of the template set.
+        metrics: by name; fractions in [0, 1], and ``nll`` in nats.
+        domains: number of images and top-1 accuracy by domain, where the data has domains.
+        reliability: bins of the reliability diagram.
+        worst_confusions: the most frequent confusions.
+        class_names: by label.
+        confusion: counts, rows are labels.
+        predictions: of each image, if they are to be saved.
+    """
+
+    dataset: str
+    split: str
+    images: int
+    templates: str
+    metrics: dict[str, float]
+    domains: dict[str, DomainAccuracy] = field(default_factory=dict)
+    reliability: list[ReliabilityBin] = field(default_factory=list)
+    worst_confusions: list[Confused] = field(default_factory=list)
+    class_names: tuple[str, ...] = ()
+    confusion: list[list[int]] = field(default_factory=list, repr=False)
+    predictions: Predictions | None = field(default=None, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the result in CLIP_benchmark's form, but for the model's name."""
+        details = {
+            "domains": {name: asdict(domain) for name, domain in self.domains.items()},
+            "reliability": [asdict(part) for part in self.reliability],
+            "worst_confusions": [asdict(pair) for pair in self.worst_confusions],
+        }
+        return {
+            "task": "zeroshot_classification",
+            "split": self.split,
+            "images": self.images,
+            "templates": self.templates,
+            "metrics": self.metrics,
+            "language": "en",
+            **{name: value for name, value in details.items() if value},
+        }
+
+
+def measure(
+    predictions: Predictions, dataset: Dataset, split: str = "test", *, keep: bool = False
+) -> DatasetResult:
+    """Computes every metric of the predictions on a split of a dataset.
+
+    Args:
+        predictions: of all images of the split.
+        dataset: its class names, domains and templates are used.
+        split: name.
+        keep: keep the predictions in the result.
+    """
+    num_classes = len(dataset.class_names)
+    metrics = classification_metrics(predictions, num_classes)
+    confusion = confusion_matrix(predictions, num_classes)
+    domains = domain_accuracy(predictions, dataset.domains) if dataset.domains else {}
+    if len(domains) > 1:
+        accuracies = [domain.acc1 for domain in domains.values()]
+        metrics["mean_domain_acc1"] = round(sum(accuracies) / len(accuracies), 6)
+        metrics["worst_domain_acc1"] = min(accuracies)
+    return DatasetResult(
+        dataset.name,
+        split,
+        len(predictions),
+        dataset.template_set,
+        metrics,
+        domains,
+        reliability(predictions),
+        worst_confusions(confusion, dataset.class_names),
+        dataset.class_names,
+        confusion.tolist(),
+        predictions if keep else None,
+    )
+
+
 def classification_metrics(predictions: Predictions, num_classes: int) -> dict[str, float]:
-    """The metrics of a split, rounded to six digits.
+    """Returns the metrics of a split, rounded to six digits.
 
     ``acc1`` and ``acc5`` (1 with at most five classes), ``mean_per_class_recall`` over the classes
     among the labels (CLIP_benchmark's), ``f1`` (macro, over the classes among labels and
@@ -85,7 +180,7 @@ def classification_metrics(predictions: Predictions, num_classes: int) -> dict[s
 
 
 def confusion_matrix(predictions: Predictions, num_classes: int) -> Tensor:
-    """Counts ``(num_classes, num_classes)``: rows are labels, columns predictions."""
+    """Returns counts ``(num_classes, num_classes)``: rows are labels, columns predictions."""
     predicted, labels = torch.tensor(predictions.predicted), torch.tensor(predictions.labels)
     counts: Tensor = multiclass_confusion_matrix(predicted, labels, num_classes)
     return counts
@@ -94,12 +189,12 @@ def confusion_matrix(predictions: Predictions, num_classes: int) -> Tensor:
 def worst_confusions(
     confusion: Tensor, class_names: Sequence[str], number: int = 5
 ) -> list[Confused]:
-    """The pairs of classes that are confused most often, the worst first.
+    """Returns the pairs of classes that are confused most often, the worst first.
 
     Args:
         confusion: counts, rows are labels.
         class_names: by label.
-        number: at most so many.
+        number: largest number of pairs.
     """
     wrong = confusion.clone().fill_diagonal_(0)
     order = wrong.flatten().argsort(descending=True, stable=True)[:number].tolist()
@@ -113,7 +208,7 @@ def worst_confusions(
 
 
 def reliability(predictions: Predictions) -> list[ReliabilityBin]:
-    """The bins of the reliability diagram that hold an image, by confidence.
+    """Returns the bins of the reliability diagram that are not empty, by confidence.
 
     The expected calibration error is the mean of ``|accuracy - confidence|`` weighted by images.
     """
@@ -138,14 +233,14 @@ def reliability(predictions: Predictions) -> list[ReliabilityBin]:
 
 
 def domain_accuracy(predictions: Predictions, domains: Sequence[str]) -> dict[str, DomainAccuracy]:
-    """Top-1 accuracy by domain.
+    """Returns the top-1 accuracy of each domain.
 
     Args:
         predictions: with their domains.
         domains: each must have an image.
 
     Raises:
-        VlkrError: for a domain without images, or an image of another domain or of none.
+        VlkrError: for a domain without images, or an image of an unknown domain.
     """
     known = ", ".join(domains)
     hits: dict[str, list[bool]] = {domain: [] for domain in domains}
@@ -169,8 +264,8 @@ def domain_accuracy(predictions: Predictions, domains: Sequence[str]) -> dict[st
     }
 
 
-def unknown_auroc(known: Predictions, unknown: Predictions) -> float:
-    """How well the maximum softmax probability tells known from unknown classes.
+def open_set_auroc(known: Predictions, unknown: Predictions) -> float:
+    """Returns how well the maximum softmax probability separates known from unknown classes.
 
     The area under the receiver operating characteristic (Hendrycks and Gimpel, 2017, arXiv
     1610.02136): the chance that an image of a known class has the larger confidence, ties
@@ -187,41 +282,41 @@ def unknown_auroc(known: Predictions, unknown: Predictions) -> float:
 
 
 def effective_robustness(
-    home: float, shift: float, reference: Sequence[tuple[float, float]]
+    in_distribution: float, shift: float, reference: Sequence[tuple[float, float]]
 ) -> float:
-    """Accuracy under shift beyond what models of reference have at the same accuracy at home.
+    """Returns the accuracy under shift beyond that of equally accurate reference models.
 
-    ``shift - b(home)`` with ``b`` a line fitted by least squares to the accuracies of reference
-    on logit axes (Taori et al., 2020, arXiv 2007.00644, section 2; the reference here are
-    zero-shot models). Of two points it is the line through both. With a single zero-shot model
-    take chance as the second, ``(1 / num_classes, 1 / num_classes)``. Accuracies are kept
-    within 0.1 and 99.9 %, where the logit is finite.
+    ``shift - b(in_distribution)`` with ``b`` a line fitted by least squares to the reference
+    accuracies on logit axes (Taori et al., 2020, arXiv 2007.00644, section 2; the references here
+    are zero-shot models). Of two points it is the line through both. With a single zero-shot
+    model take chance as the second, ``(1 / num_classes, 1 / num_classes)``. Accuracies are
+    clipped to 0.1 and 99.9 %, where the logit is finite.
 
     Args:
-        home: the model's top-1 accuracy on the home test set.
-        shift: likewise under shift.
-        reference: accuracies at home and under that shift, of two models or more.
+        in_distribution: the model's top-1 accuracy on the in-distribution test set.
+        shift: its top-1 accuracy under shift.
+        reference: both accuracies of two reference models or more.
 
     Raises:
-        VlkrError: for accuracies outside [0, 1], or a reference without a slope.
+        VlkrError: for accuracies outside [0, 1], or references without a slope.
     """
-    points = [(home, shift), *reference]
+    points = [(in_distribution, shift), *reference]
     for value in (value for point in points for value in point):
         if not 0 <= value <= 1:
             raise VlkrError(f"accuracy {value} is out of range, expected 0 to 1")
     x, y = ([_logit(point[axis]) for point in reference] for axis in (0, 1))
     if len(set(x)) < 2:
         raise VlkrError(
-            f"models of reference with accuracies at home {[point[0] for point in reference]} make "
-            "no line, expected two accuracies or more"
+            "cannot fit a robustness baseline: need two different in-distribution accuracies, got "
+            f"{[point[0] for point in reference]}"
         )
     slope, intercept = statistics.linear_regression(x, y)
-    expected = 0.5 * (1 + math.tanh((intercept + slope * _logit(home)) / 2))  # the sigmoid
+    expected = 0.5 * (1 + math.tanh((intercept + slope * _logit(in_distribution)) / 2))
     return round(shift - expected, 6)
 
 
 def base_to_new(base: float, new: float) -> dict[str, float]:
-    """Accuracies on base and on new classes, and their harmonic mean (Zhou et al., 2022, CoCoOp).
+    """Returns both accuracies and their harmonic mean (Zhou et al., 2022, CoCoOp).
 
     >>> base_to_new(0.8, 0.6)["harmonic_mean"]
     0.685714

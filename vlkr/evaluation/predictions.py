@@ -1,4 +1,4 @@
-"""What a model says of each image: the record that every metric is computed from."""
+"""Per-image predictions: the record that every metric is computed from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Predictions:
-    """One entry an image in each list, sorted by key.
+    """One entry per image in each list, sorted by key.
 
     Attributes:
         keys: of the samples.
@@ -36,7 +36,7 @@ class Predictions:
         confidence: its softmax probability.
         in_top5: whether the label is among the five largest logits.
         nll: negative log-likelihood of the label, in nats.
-        domains: of the samples, None where the data does not tell.
+        domains: of the samples, None where the data has none.
     """
 
     keys: list[str]
@@ -52,7 +52,7 @@ class Predictions:
 
     @classmethod
     def joined(cls, parts: Iterable[Predictions]) -> Predictions:
-        """All entries, the same however the samples were shared out."""
+        """Returns all entries, in an order that does not depend on how the samples were shared."""
         columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         for part in parts:
             for name, values in columns.items():
@@ -62,7 +62,7 @@ class Predictions:
         return cls(**{name: [values[i] for i in order] for name, values in columns.items()})
 
     def write_jsonl(self, path: Path) -> None:
-        """Writes JSON Lines: an object an image."""
+        """Writes JSON Lines, one object per image."""
         rows = zip(*(getattr(self, name) for name in _COLUMNS), strict=True)
         lines = [json.dumps(dict(zip(_COLUMNS.values(), row, strict=True))) for row in rows]
         write_text(path, "".join(f"{line}\n" for line in lines))
@@ -87,7 +87,7 @@ class Predictions:
 def predict(
     logits: Tensor, labels: Tensor, keys: Sequence[str], domains: Sequence[str | None]
 ) -> Predictions:
-    """What a batch of logits says.
+    """Returns the predictions of a batch of logits.
 
     Args:
         logits: ``(batch, num_classes)``; softmax is taken in fp64.
@@ -117,6 +117,6 @@ def predict(
 
 
 def _rounded(values: Tensor) -> list[float]:
-    """Twelve digits: the last of fp64's depend on the images that share a batch."""
+    """Rounds to twelve digits; the last ones of fp64 depend on the images that share a batch."""
     rounded: list[float] = (values.round(decimals=12) + 0.0).tolist()  # and no negative zero
     return rounded

@@ -1,19 +1,17 @@
-"""Results as a person reads them and as a program reads them."""
+"""An evaluation as people read it (tables, Markdown, a figure) and as programs do (JSON)."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from vlkr.errors import printable
-
-if TYPE_CHECKING:
-    from vlkr.evaluation.metrics import Confused, DomainAccuracy
-    from vlkr.evaluation.predictions import Predictions
+from vlkr.evaluation.metrics import DatasetResult
+from vlkr.files import write_json, write_text
+from vlkr.reporting.table import Table, caption, markdown_text, percent
 
 METRICS = {
     "acc1": "top-1 %",
@@ -31,250 +29,146 @@ MORE_METRICS = {
 }
 
 
-@dataclass(frozen=True)
-class ReliabilityBin:
-    """The images whose confidence lies in ``[lower, upper)``, of the last bin also ``upper``.
-
-    Attributes:
-        lower: edge.
-        upper: edge.
-        images: their number, at least 1.
-        confidence: their mean.
-        accuracy: the fraction predicted correctly.
-    """
-
-    lower: float
-    upper: float
-    images: int
-    confidence: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class DatasetResult:
-    """One dataset's metrics.
-
-    Attributes:
-        dataset: name.
-        split: name.
-        images: number of them.
-        templates: name of the template set.
-        metrics: by name; fractions in [0, 1], and ``nll`` in nats.
-        domains: number of images and top-1 accuracy by domain, where the data tells.
-        reliability: bins of the reliability diagram.
-        worst_confusions: the classes taken for others most often.
-        class_names: by label.
-        confusion: counts, rows are labels.
-        predictions: what was said of each image, if that was asked for.
-    """
-
-    dataset: str
-    split: str
-    images: int
-    templates: str
-    metrics: dict[str, float]
-    domains: dict[str, DomainAccuracy] = field(default_factory=dict)
-    reliability: list[ReliabilityBin] = field(default_factory=list)
-    worst_confusions: list[Confused] = field(default_factory=list)
-    class_names: tuple[str, ...] = ()
-    confusion: list[list[int]] = field(default_factory=list, repr=False)
-    predictions: Predictions | None = field(default=None, repr=False)
-
-
 @dataclass
 class Evaluation:
-    """One model on its home dataset and, after it, on shifted ones.
+    """One model on an in-distribution dataset and on shifted ones.
 
     Attributes:
-        results: the home dataset's first.
+        results: by dataset, the in-distribution one first.
         context: what the numbers depend on: model, weights' hash, adapter, shots, seed, ...
     """
 
     results: list[DatasetResult]
     context: dict[str, Any] = field(default_factory=dict)
+    exit_code = 0
 
     @property
-    def home(self) -> DatasetResult:
+    def in_distribution(self) -> DatasetResult:
         """The first dataset's result."""
         return self.results[0]
 
     @property
     def shifts(self) -> list[DatasetResult]:
-        """The other datasets' results."""
+        """The results of all datasets but the first."""
         return self.results[1:]
 
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics in the table: those that every dataset has."""
+        return [name for name in METRICS if all(name in r.metrics for r in self.results)]
+
+    @property
+    def title(self) -> str:
+        """Title of the table."""
+        number = len(self.shifts)
+        shifts = f" and under {number} shift{'s' if number > 1 else ''}" if number else ""
+        return printable(f"Accuracy on {self.in_distribution.dataset}{shifts}")
+
     def mean_shift(self, metric: str = "acc1") -> float:
-        """Mean of a metric over the shifted datasets, each with the same weight."""
+        """Returns the unweighted mean of a metric over the shifted datasets."""
         return sum(r.metrics[metric] for r in self.shifts) / len(self.shifts)
 
     def worst_shift(self) -> DatasetResult:
-        """The shifted dataset with the lowest top-1 accuracy."""
+        """Returns the shifted dataset with the lowest top-1 accuracy."""
         return min(self.shifts, key=lambda r: r.metrics["acc1"])
 
-    def show(self, console: Console) -> None:
-        """Prints the table and its context."""
-        console.print(rich_table(evaluation_rows(self), title(self)))
-        for rows in _more_rows(self):
-            console.print(rich_table(rows, ""))
-        console.print(caption(self), style="dim", highlight=False, markup=False)
+    def caption(self, context: dict[str, Any] | None = None) -> str:
+        """Returns what the numbers depend on in one line; ``context`` replaces the own one."""
+        first = self.in_distribution
+        context = self.context if context is None else context
+        return caption({**context, "split": first.split, "templates": first.templates})
+
+    def tables(self) -> list[Table]:
+        """Returns the table, and one for each dataset with domains or further metrics."""
+        shown = self.metrics
+
+        def row(name: str, images: str, value: Callable[[str], float]) -> list[str]:
+            return [name, images, *(format_metric(metric, value(metric)) for metric in shown)]
+
+        rows = [["dataset", "images", *(METRICS[metric] for metric in shown)]]
+        rows += [row(r.dataset, str(r.images), r.metrics.__getitem__) for r in self.results]
+        if len(self.shifts) > 1:
+            rows.append(row(f"mean of {len(self.shifts)} shifts", "", self.mean_shift))
+            worst = self.worst_shift()
+            values = worst.metrics.__getitem__
+            rows.append(row(f"worst: {worst.dataset}", str(worst.images), values))
+        tables = [Table.of(self.title, rows)]
+        for r in self.results:
+            more = [
+                [MORE_METRICS[m], percent(r.metrics[m])] for m in MORE_METRICS if m in r.metrics
+            ]
+            more += [
+                [f"{name} ({domain.images} images), top-1 %", percent(domain.acc1)]
+                for name, domain in r.domains.items()
+            ]
+            if more:
+                tables.append(Table.of("", [["", r.dataset], *more]))
+        return tables
+
+    def lines(self) -> list[str]:
+        """Returns the caption."""
+        return [self.caption()]
+
+    def markdown(self) -> str:
+        """Returns tables, caption and the most frequent confusions as a Markdown page."""
+        first, *more = self.tables()
+        parts = [f"# {markdown_text(self.title)}\n\n{first.markdown()}"]
+        parts.append(f"{markdown_text(self.caption())}.\n")
+        parts += [table.markdown() for table in more]
+        confused = [
+            [r.dataset, pair.label, pair.predicted, str(pair.images), percent(pair.fraction)]
+            for r in self.results
+            for pair in r.worst_confusions
+        ]
+        if confused:
+            header = ["dataset", "class", "taken for", "images", "of the class's %"]
+            parts.append(f"## Most confused\n\n{Table.of('', [header, *confused]).markdown()}")
+        return "\n".join(parts)
 
     def to_json(self) -> dict[str, Any]:
-        """The context, and results in CLIP_benchmark's form."""
-        return {
-            **self.context,
-            "results": [self._result(r) for r in self.results],
-            **self._summary(),
+        """Returns the context, and results in CLIP_benchmark's form."""
+        names = {key: self.context.get(key) for key in ("model", "pretrained")}
+        results = [{"dataset": r.dataset, **names, **r.to_json()} for r in self.results]
+        summary = {}
+        if self.shifts:
+            worst = self.worst_shift()
+            summary = {
+                "mean_of_shifts": {m: round(self.mean_shift(m), 6) for m in self.metrics},
+                "worst_shift": {"dataset": worst.dataset, "metrics": worst.metrics},
+            }
+        return {**self.context, "results": results, **summary}
+
+    def write(self, output: Path) -> None:
+        """Writes ``metrics.json``, ``report.md``, ``confusion.json``, ``reliability.png`` etc.
+
+        Args:
+            output: folder; predictions that were kept go to ``predictions/DATASET.jsonl``.
+        """
+        from vlkr.reporting.figures import Bin, reliability  # imports matplotlib
+
+        write_json(output / "metrics.json", self.to_json())
+        write_text(output / "report.md", self.markdown())
+        confusion = {
+            r.dataset: {"class_names": r.class_names, "counts": r.confusion} for r in self.results
         }
-
-    def _result(self, r: DatasetResult) -> dict[str, Any]:
-        details = {
-            "domains": {name: asdict(domain) for name, domain in r.domains.items()},
-            "reliability": [asdict(part) for part in r.reliability],
-            "worst_confusions": [asdict(pair) for pair in r.worst_confusions],
+        write_text(output / "confusion.json", json.dumps(confusion) + "\n")
+        diagrams = {
+            f"{r.dataset}\n{r.images} images, ECE {percent(r.metrics['ece'])} %": [
+                Bin(b.lower, b.upper, b.confidence, b.accuracy, b.images / r.images)
+                for b in r.reliability
+            ]
+            for r in self.results
         }
-        return {
-            "dataset": r.dataset,
-            "model": self.context.get("model"),
-            "pretrained": self.context.get("pretrained"),
-            "task": "zeroshot_classification",
-            "split": r.split,
-            "images": r.images,
-            "templates": r.templates,
-            "metrics": r.metrics,
-            "language": "en",
-            **{name: value for name, value in details.items() if value},
-        }
-
-    def _summary(self) -> dict[str, Any]:
-        if not self.shifts:
-            return {}
-        worst = self.worst_shift()
-        return {
-            "mean_of_shifts": {m: round(self.mean_shift(m), 6) for m in columns(self)},
-            "worst_shift": {"dataset": worst.dataset, "metrics": worst.metrics},
-        }
+        reliability(output / "reliability.png", diagrams)
+        for r in self.results:
+            if r.predictions is not None:
+                r.predictions.write_jsonl(output / "predictions" / f"{r.dataset}.jsonl")
 
 
-def title(evaluation: Evaluation) -> str:
-    """What the table measures."""
-    number = len(evaluation.shifts)
-    shifts = f" and under {number} shift{'s' if number > 1 else ''}" if number else ""
-    return printable(f"Accuracy on {evaluation.home.dataset}{shifts}")
+def format_metric(metric: str, value: float) -> str:
+    """Formats a value as tables show it: percent, and nats with three digits.
 
-
-def columns(evaluation: Evaluation) -> list[str]:
-    """The table's metrics: those of ``METRICS`` that every dataset has."""
-    return [name for name in METRICS if all(name in r.metrics for r in evaluation.results)]
-
-
-def cell(metric: str, value: float) -> str:
-    """A value as tables show it: percent, and nats with three digits.
-
-    >>> cell("acc1", 0.5), cell("nll", 0.5)
+    >>> format_metric("acc1", 0.5), format_metric("nll", 0.5)
     ('50.0', '0.500')
     """
-    return f"{value:.3f}" if metric == "nll" else f"{100 * value:.1f}"
-
-
-def evaluation_rows(evaluation: Evaluation) -> list[list[str]]:
-    """The table's cells: a header, home, each shift, and of two shifts or more mean and worst."""
-    shown = columns(evaluation)
-    rows = [["dataset", "images", *(METRICS[m] for m in shown)]]
-    rows += [
-        [r.dataset, str(r.images), *(cell(m, r.metrics[m]) for m in shown)]
-        for r in evaluation.results
-    ]
-    if len(evaluation.shifts) > 1:
-        means = (cell(m, evaluation.mean_shift(m)) for m in shown)
-        rows.append([f"mean of {len(evaluation.shifts)} shifts", "", *means])
-        worst = evaluation.worst_shift()
-        cells = (cell(m, worst.metrics[m]) for m in shown)
-        rows.append([f"worst: {worst.dataset}", str(worst.images), *cells])
-    return rows
-
-
-def caption(evaluation: Evaluation, context: dict[str, Any] | None = None) -> str:
-    """What an evaluation's numbers depend on, in one line.
-
-    Args:
-        evaluation: its split and templates are named.
-        context: in place of the evaluation's.
-    """
-    context = {
-        **(evaluation.context if context is None else context),
-        "split": evaluation.home.split,
-        "templates": evaluation.home.templates,
-    }
-    if isinstance(context.get("weights_sha256"), str):
-        context["weights_sha256"] = context["weights_sha256"][:12]
-    told = (f"{key} {value}" for key, value in context.items() if value is not None)
-    return printable(", ".join(told))
-
-
-def rich_table(rows: list[list[str]], title: str, note: str = "") -> Table:
-    """A table for the terminal, from cells whose first row is the header."""
-    table = Table(
-        title=Text(printable(title)),
-        caption=Text(printable(note)) if note else None,
-        title_justify="left",
-        caption_justify="left",
-    )
-    for i, name in enumerate(rows[0]):
-        widest = max((len(row[i]) for row in rows[1:]), default=0)
-        if i == 0:
-            table.add_column(Text(printable(name)), no_wrap=True)
-        else:  # a header may wrap, a number is whole or it misleads
-            table.add_column(Text(printable(name)), justify="right", min_width=widest)
-    for row in rows[1:]:
-        table.add_row(*(Text(printable(cell)) for cell in row))  # names are no markup
-    return table
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """The same cells in Markdown."""
-    cells = [[markdown_text(cell).replace("|", "\\|") for cell in row] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    lines.insert(1, "|" + "|".join("---" if i == 0 else "---:" for i in range(len(rows[0]))) + "|")
-    return "\n".join(lines) + "\n"
-
-
-def markdown_text(text: str) -> str:
-    r"""Text that is shown as it is: no tags, links or line breaks.
-
-    >>> markdown_text("<b>[x]")
-    '&lt;b>\\[x]'
-    """
-    return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("[", "\\[")
-
-
-def _more_rows(evaluation: Evaluation) -> list[list[list[str]]]:
-    """A table for each dataset that has domains, or metrics that not every dataset has."""
-    tables = []
-    for r in evaluation.results:
-        more = [(MORE_METRICS[m], r.metrics[m]) for m in MORE_METRICS if m in r.metrics]
-        rows = [["", r.dataset], *([label, cell("", value)] for label, value in more)]
-        rows += [
-            [f"{name} ({d.images} images), top-1 %", cell("acc1", d.acc1)]
-            for name, d in r.domains.items()
-        ]
-        if len(rows) > 1:
-            tables.append(rows)
-    return tables
-
-
-def evaluation_markdown(evaluation: Evaluation) -> str:
-    """Tables and context as a Markdown page."""
-    parts = [
-        f"# {markdown_text(title(evaluation))}\n\n{markdown_table(evaluation_rows(evaluation))}",
-        f"{markdown_text(caption(evaluation))}.\n",
-    ]
-    parts += map(markdown_table, _more_rows(evaluation))
-    confused = [
-        [r.dataset, pair.label, pair.predicted, str(pair.images), cell("", pair.fraction)]
-        for r in evaluation.results
-        for pair in r.worst_confusions
-    ]
-    if confused:
-        header = ["dataset", "class", "taken for", "images", "of the class's %"]
-        parts.append(f"## Most confused\n\n{markdown_table([header, *confused])}")
-    return "\n".join(parts)
+    return f"{value:.3f}" if metric == "nll" else percent(value)

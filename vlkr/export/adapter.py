@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vlkr.adapters import LoRA, load_adapter, save_adapter
 from vlkr.adapters.foreign import transformers_name
-from vlkr.adapters.inject import Placed, placed_adapters
+from vlkr.adapters.inject import InjectedAdapter, injected_adapters
 from vlkr.errors import VlkrError
-from vlkr.export.formats import Classifier, Description, Predictor, Subject
-from vlkr.export.naming import misfit
+from vlkr.export.formats import Classifier, Exported, ExportInput, Format, Manifest
+from vlkr.export.hf_clip import clip_mismatch
 from vlkr.files import write_json
 from vlkr.models.clip import encode_image, encode_text
 from vlkr.models.loading import load_model
@@ -26,51 +25,83 @@ from peft import PeftModel
 from transformers import CLIPModel
 model = PeftModel.from_pretrained(CLIPModel.from_pretrained("base"), "{folder}")
 """
-_VLKR_SNIPPET = """\
+
+
+class ExportedAdapter(Exported):
+    """An export run by vlkr, with the base model from its original location."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, classifier: Classifier, device: torch.device
+    ) -> None:
+        super().__init__(folder, manifest, classifier, device)
+        self.bundle = load_model(manifest.base_model, manifest.base_pretrained)
+        if self.bundle.weights_hash != manifest.base_sha256:
+            raise VlkrError(
+                f"{folder} was made for a different base: {manifest.base_model!r} with weights "
+                f"{manifest.base_sha256[:12]}, got {self.bundle.weights_hash[:12]}"
+            )
+        load_adapter(self.bundle.model, folder)
+        self.bundle.model.to(device).eval()
+        self.preprocess = self.bundle.preprocess
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Runs the adapted image tower."""
+        return encode_image(self.bundle.model, pixels)
+
+    def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor:
+        """Runs the adapted text tower."""
+        return encode_text(self.bundle.model, tokens.to(self.device))
+
+
+class AdapterFormat(Format):
+    """The adapter without the base model, for peft if it is a LoRA of a model peft can load."""
+
+    library = "vlkr"
+    snippet = """\
 import vlkr  # and `model`, the base model by open_clip or timm
 vlkr.load_adapter(model, "{folder}")
 """
+    exported = ExportedAdapter
 
+    def __init__(self, source: ExportInput) -> None:
+        super().__init__(source)
+        self.lora = _transformers_lora(source)
+        if self.lora is not None:
+            self.library, self.snippet = "peft", _PEFT_SNIPPET
 
-def describe(subject: Subject) -> Description:
-    """An adapter."""
-    if _transformers_lora(subject) is None:
-        return Description(
-            "vlkr",
-            "The adapter without the base model, in vlkr's own terms: `adapter_config.json` and "
-            "`adapter_model.safetensors`. `vlkr.load_adapter` puts it onto the base model, whose "
-            "weights must have the hash below.",
-            _VLKR_SNIPPET,
+    def contents(self) -> str:
+        """Returns a paragraph about factors and configuration."""
+        if self.lora is None:
+            return (
+                "The adapter without the base model, in vlkr's own terms: `adapter_config.json` "
+                "and `adapter_model.safetensors`. `vlkr.load_adapter` injects it into the base "
+                "model, whose weights must have the hash below."
+            )
+        return (
+            "The adapter without the base model, as a LoRA that peft injects into transformers' "
+            "`CLIPModel` with the base's weights, and `vlkr.load_adapter` into open_clip's model. "
+            "`vlkr export --format transformers --alpha 0 --output base` writes the former."
         )
-    return Description(
-        "peft",
-        "The adapter without the base model, as a LoRA that peft puts onto transformers' "
-        "`CLIPModel` with the base's weights, and `vlkr.load_adapter` onto open_clip's model. "
-        "`vlkr export --format transformers --alpha 0 --output base` writes the former.",
-        _PEFT_SNIPPET,
-    )
+
+    def write(self, folder: Path, dtype: torch.dtype) -> None:
+        """Writes factors and configuration."""
+        adapted = self.source.adapted
+        if self.lora is None:
+            save_adapter(adapted.model, folder, base_model=adapted.label, dtype=dtype, force=True)
+            return
+        tensors = {
+            f"base_model.model.{name}.lora_{letter}.weight": factor.detach().to(dtype).contiguous()
+            for name, factors in self.lora.items()
+            for letter, factor in zip("AB", factors, strict=True)
+        }
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "adapter_config.json", _peft_config(self.source, list(self.lora)))
 
 
-def write(subject: Subject, folder: Path, dtype: torch.dtype) -> None:
-    """Writes factors and configuration."""
-    lora = _transformers_lora(subject)
-    if lora is None:
-        label = subject.adapted.label
-        save_adapter(subject.adapted.model, folder, base_model=label, dtype=dtype, force=True)
-        return
-    tensors = {
-        f"base_model.model.{name}.lora_{letter}.weight": factor.detach().to(dtype).contiguous()
-        for name, factors in lora.items()
-        for letter, factor in zip("AB", factors, strict=True)
-    }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", _peft_config(subject, list(lora)))
-
-
-def _transformers_lora(subject: Subject) -> dict[str, tuple[Tensor, Tensor]] | None:
-    """Factors A and B by the names of ``CLIPModel``'s linear layers, if all of them have one."""
-    placed = placed_adapters(subject.adapted.model)
-    if type(placed[0].adapter) is not LoRA or misfit(subject.plain) is not None:
+def _transformers_lora(source: ExportInput) -> dict[str, tuple[Tensor, Tensor]] | None:
+    """Returns factors A and B by the names of ``CLIPModel``'s linear layers, if all have one."""
+    placed = injected_adapters(source.adapted.model)
+    if type(placed[0].adapter) is not LoRA or clip_mismatch(source.merged) is not None:
         return None
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for key, a, b in (part for p in placed for part in _split(p)):
@@ -81,8 +112,8 @@ def _transformers_lora(subject: Subject) -> dict[str, tuple[Tensor, Tensor]] | N
     return factors
 
 
-def _split(placed: Placed) -> list[tuple[str, Tensor, Tensor]]:
-    """Key and factors; those of a fused qkv as three that share A."""
+def _split(placed: InjectedAdapter) -> list[tuple[str, Tensor, Tensor]]:
+    """Returns key and factors; those of a fused qkv as three that share A."""
     a, b = placed.adapter.get_parameter("lora_A"), placed.adapter.get_parameter("lora_B")
     if placed.name != "qkv":
         return [(placed.key, a, b)]
@@ -90,56 +121,20 @@ def _split(placed: Placed) -> list[tuple[str, Tensor, Tensor]]:
     return [(f"{placed.module}.{letter}", a.clone(), part) for letter, part in parts]
 
 
-def _peft_config(subject: Subject, names: list[str]) -> dict[str, Any]:
-    """The fields of peft's ``LoraConfig`` that are not its defaults, or that a reader looks for."""
-    adapter = placed_adapters(subject.adapted.model)[0].adapter
+def _peft_config(source: ExportInput, names: list[str]) -> dict[str, Any]:
+    """Returns the fields of peft's ``LoraConfig`` that differ from its defaults or identify it."""
+    adapter = injected_adapters(source.adapted.model)[0].adapter
     assert isinstance(adapter, LoRA)
     alpha = adapter.rank if adapter.alpha is None else adapter.alpha
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": subject.adapted.label,
+        "base_model_name_or_path": source.adapted.label,
         "r": adapter.rank,
-        "lora_alpha": subject.alpha * alpha,
+        "lora_alpha": source.alpha * alpha,
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.use_rslora,
         "bias": "none",
         "target_modules": names,
         "inference_mode": True,
     }
-
-
-class AdapterPredictor(Predictor):
-    """By vlkr, with the base model from where it came."""
-
-    def __init__(
-        self, folder: Path, manifest: dict[str, Any], classifier: Classifier, device: torch.device
-    ) -> None:
-        super().__init__(classifier, device)
-        self.bundle = load_model(manifest["base_model"], manifest["base_pretrained"])
-        if self.bundle.weights_hash != manifest["base_sha256"]:
-            raise VlkrError(
-                f"{folder} was made for another base: {manifest['base_model']!r} with weights "
-                f"{manifest['base_sha256'][:12]}, found {self.bundle.weights_hash[:12]}"
-            )
-        load_adapter(self.bundle.model, folder)
-        self.bundle.model.to(device).eval()
-
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """The base model's."""
-        return self.bundle.preprocess(image)
-
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """Of the adapted image tower."""
-        return encode_image(self.bundle.model, pixels)
-
-    def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor:
-        """Of the adapted text tower."""
-        return encode_text(self.bundle.model, tokens.to(self.device))
-
-
-def load(
-    folder: Path, manifest: dict[str, Any], classifier: Classifier, device: torch.device
-) -> AdapterPredictor:
-    """Reads the folder, and the base model."""
-    return AdapterPredictor(folder, manifest, classifier, device)

@@ -1,4 +1,4 @@
-"""The functions that graph formats hold, as modules that ``torch.export`` can trace."""
+"""Encoders and classifier as graphs that ``torch.export`` traces, for onnx and torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from vlkr.errors import VlkrError
-from vlkr.export.formats import Subject, unit_norm
+from vlkr.export.formats import ExportInput, unit_norm
 from vlkr.models.clip import encode_image
 
 INPUTS = {
@@ -30,7 +30,7 @@ OUTPUTS = {
 
 
 class ImageEncoder(nn.Module):
-    """Pixels, fp32 and normalised, to unit norm ``(batch, embed_dim)``, fp32."""
+    """Maps normalized fp32 pixels to unit norm ``(batch, embed_dim)``, fp32."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -38,24 +38,24 @@ class ImageEncoder(nn.Module):
         self.dtype = dtype
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """``(batch, 3, height, width)`` to ``(batch, embed_dim)``."""
+        """Maps ``(batch, 3, height, width)`` to ``(batch, embed_dim)``."""
         return unit_norm(encode_image(self.model, pixel_values.to(self.dtype)))
 
 
 class TextEncoder(nn.Module):
-    """Token ids to unit norm ``(num_texts, embed_dim)``, fp32."""
+    """Maps token ids to unit norm ``(num_texts, embed_dim)``, fp32."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """``(num_texts, context_length)``, int64, to ``(num_texts, embed_dim)``."""
+        """Maps ``(num_texts, context_length)``, int64, to ``(num_texts, embed_dim)``."""
         return unit_norm(self.model.encode_text(input_ids))  # type: ignore[operator]
 
 
 class ImageClassifier(nn.Module):
-    """Pixels to the logits of the run's classes, whose embeddings are baked in."""
+    """Maps pixels to the logits of the run's classes, whose embeddings are constants."""
 
     def __init__(self, encoder: ImageEncoder, class_embeddings: Tensor, scale: float) -> None:
         super().__init__()
@@ -64,32 +64,32 @@ class ImageClassifier(nn.Module):
         self.register_buffer("weight", scale * class_embeddings)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """``(batch, 3, height, width)`` to ``(batch, num_classes)``."""
+        """Maps ``(batch, 3, height, width)`` to ``(batch, num_classes)``."""
         features: Tensor = self.encoder(pixel_values)
         return features @ self.weight.T
 
 
 def trace(
-    subject: Subject, dtype: torch.dtype, names: Collection[str] = INPUTS.keys()
+    source: ExportInput, dtype: torch.dtype, names: Collection[str] = INPUTS.keys()
 ) -> Iterator[tuple[str, ExportedProgram]]:
-    """The graphs by name, each for any batch size; no text encoder of a model without text.
+    """Yields the graphs by name, each for any batch size; no text encoder without a text tower.
 
     Args:
-        subject: the adapted model.
-        dtype: of weights and computation; inputs and outputs are fp32 in any case.
-        names: which of the graphs.
+        source: the adapted model.
+        dtype: of weights and computation; inputs and outputs are always fp32.
+        names: the graphs to trace.
 
     Raises:
         VlkrError: if ``torch.export`` cannot trace an encoder.
     """
-    model = subject.plain
+    model = source.merged
     encoder = ImageEncoder(_part(model, ["visual"], dtype), dtype)
-    head = subject.classifier
-    pixels = torch.zeros(2, 3, *subject.preprocessing.size)
+    head = source.classifier
+    pixels = torch.zeros(2, 3, *source.preprocessing.size)
     graphs: dict[str, tuple[nn.Module, Tensor]] = {"image_encoder": (encoder, pixels)}
-    if subject.adapted.has_text:
+    if source.adapted.has_text:
         text = [name for name in model._modules if name not in ("visual", "text_decoder")]
-        tokens = subject.adapted.tokenizer([head.class_names[0], head.class_names[-1]])
+        tokens = source.adapted.tokenizer([head.class_names[0], head.class_names[-1]])
         graphs["text_encoder"] = (TextEncoder(_part(model, text, dtype)), tokens)
     classifier = ImageClassifier(encoder, head.class_embeddings, head.logit_scale)
     graphs["classifier"] = (classifier, pixels)
@@ -108,26 +108,26 @@ def trace(
             reason = " ".join(str(error).split())
             raise VlkrError(
                 f"torch.export cannot trace the {name.replace('_', ' ')} of model "
-                f"{subject.adapted.name!r}: {reason[:300]}"
+                f"{source.adapted.name!r}: {reason[:300]}"
             ) from error
         program.example_inputs = None
         yield name, program
 
 
-def graph_metadata(subject: Subject) -> dict[str, Any]:
-    """What a program needs beside a graph."""
-    head = subject.classifier
+def graph_metadata(source: ExportInput) -> dict[str, Any]:
+    """Returns what a program needs in addition to a graph."""
+    head = source.classifier
     return {
         "labels": list(head.class_names),
         "templates": list(head.templates),
         "logit_scale": head.logit_scale,
-        "preprocessing": subject.preprocessing.to_json(),
+        "preprocessing": source.preprocessing.to_json(),
     }
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Leaves out warnings and log lines that tracers address to their own developers."""
+    """Suppresses warnings and log lines that tracers address to their own developers."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -139,7 +139,7 @@ def quiet() -> Iterator[None]:
 
 
 def _part(model: nn.Module, children: list[str], dtype: torch.dtype) -> nn.Module:
-    """The model without the weights that one encoder does not use."""
+    """Returns the model without the weights that one encoder does not use."""
     part = copy.copy(model)
     part._modules = {name: model._modules[name] for name in children}
     if children == ["visual"]:

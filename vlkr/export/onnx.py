@@ -13,67 +13,106 @@ import onnxruntime  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
 from onnxscript import ir
-from PIL import Image
 from torch import Tensor
 
 from vlkr.errors import VlkrError
-from vlkr.export.formats import Classifier, Description, Predictor, Subject
+from vlkr.export.formats import Classifier, Exported, Format, Manifest, Preprocessing
 from vlkr.export.graphs import INPUTS, OUTPUTS, graph_metadata, quiet, trace
-from vlkr.export.preprocessing import Preprocessing
-from vlkr.export.tokenizer import write_tokenizer
+from vlkr.export.hf_clip import write_tokenizer
 
-_SNIPPET = """\
+_LARGE = 2**30  # protobuf ends at 2 GiB, so larger weights go to a file of their own
+_DTYPES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+
+
+class ExportedOnnx(Exported):
+    """An export run by onnxruntime."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, classifier: Classifier, device: torch.device
+    ) -> None:
+        super().__init__(folder, manifest, classifier, device)
+        provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+        if provider not in onnxruntime.get_available_providers():
+            raise VlkrError(f"onnxruntime has no {provider} here; use device 'cpu'")
+        self.providers = [provider]
+        self.graph = self._session("classifier")
+        metadata = self.graph.get_modelmeta().custom_metadata_map
+        self.preprocess = Preprocessing.from_json(json.loads(metadata["preprocessing"])).transform()
+
+    def _session(self, name: str) -> Any:
+        path = str(self.folder / f"{name}.onnx")
+        return onnxruntime.InferenceSession(path, providers=self.providers)
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Runs ``image_encoder.onnx``."""
+        return self._run(self._session("image_encoder"), pixels)
+
+    def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor:
+        """Runs ``text_encoder.onnx``."""
+        return self._run(self._session("text_encoder"), tokens)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Runs ``classifier.onnx``."""
+        return self._run(self.graph, pixels)
+
+    def _run(self, session: Any, inputs: Tensor) -> Tensor:
+        (output,) = session.run(None, {session.get_inputs()[0].name: inputs.cpu().numpy()})
+        array: NDArray[np.float32] = output
+        return torch.from_numpy(array).to(self.device)
+
+
+class OnnxFormat(Format):
+    """ONNX graphs of the encoders and the classifier."""
+
+    library = "onnx"
+    snippet = """\
 import json, onnxruntime
 classifier = onnxruntime.InferenceSession("{folder}/classifier.onnx")
 labels = json.loads(classifier.get_modelmeta().custom_metadata_map["labels"])
 """
-_LARGE = 2**30  # protobuf ends at 2 GiB, so that larger weights lie in a file of their own
-_DTYPES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
+    exported = ExportedOnnx
 
+    def contents(self) -> str:
+        """Returns a paragraph about the graphs."""
+        height, width = self.source.preprocessing.size
+        text = (
+            "`text_encoder.onnx`, `input_ids` from the tokenizer's files to `text_features` of "
+            "norm 1; "
+        )
+        return (
+            "Graphs for any batch size: `image_encoder.onnx`, `pixel_values` (batch, 3, "
+            f"{height}, {width}), normalized, to `image_features` of norm 1; "
+            f"{text * self.source.adapted.has_text}`classifier.onnx`, `pixel_values` to `logits` "
+            "of the classes. Their metadata hold labels, preprocessing and logit scale as JSON. "
+            "Half-precision weights are stored as such and computed with in fp32, which every "
+            "execution provider can do."
+        )
 
-def describe(subject: Subject) -> Description:
-    """Graphs."""
-    height, width = subject.preprocessing.size
-    text = (
-        "`text_encoder.onnx`, `input_ids` from the tokenizer's files to `text_features` of norm 1; "
-    )
-    return Description(
-        "onnx",
-        "Graphs for any batch size: `image_encoder.onnx`, `pixel_values` (batch, 3, "
-        f"{height}, {width}), normalised, to `image_features` of norm 1; "
-        f"{text * subject.adapted.has_text}`classifier.onnx`, `pixel_values` to `logits` of the "
-        "classes. Their metadata hold labels, preprocessing and logit scale as JSON. "
-        "Half-precision weights are stored as such and computed with in fp32, which every "
-        "execution provider can do.",
-        _SNIPPET,
-    )
-
-
-def write(subject: Subject, folder: Path, dtype: torch.dtype) -> None:
-    """Writes and checks the graphs."""
-    if subject.adapted.has_text:
-        write_tokenizer(subject.adapted, folder)
-    metadata = {key: json.dumps(value) for key, value in graph_metadata(subject).items()}
-    for name, program in trace(subject, torch.float32, ("image_encoder", "text_encoder")):
-        with quiet():
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                verbose=False,
-                input_names=[INPUTS[name]],
-                output_names=[OUTPUTS[name]],
-                dynamic_shapes={INPUTS[name]: {0: "batch"}},
-            )
-        assert exported is not None
-        exported.model.metadata_props.update(metadata)
-        _save(exported.model, folder / f"{name}.onnx", dtype)
-        if name == "image_encoder":
-            _append_classes(exported.model, subject.classifier)
-            _save(exported.model, folder / "classifier.onnx", dtype)
+    def write(self, folder: Path, dtype: torch.dtype) -> None:
+        """Writes and check the graphs."""
+        if self.source.adapted.has_text:
+            write_tokenizer(self.source.adapted, folder)
+        metadata = {key: json.dumps(value) for key, value in graph_metadata(self.source).items()}
+        for name, program in trace(self.source, torch.float32, ("image_encoder", "text_encoder")):
+            with quiet():
+                exported = torch.onnx.export(
+                    program,
+                    dynamo=True,
+                    verbose=False,
+                    input_names=[INPUTS[name]],
+                    output_names=[OUTPUTS[name]],
+                    dynamic_shapes={INPUTS[name]: {0: "batch"}},
+                )
+            assert exported is not None
+            exported.model.metadata_props.update(metadata)
+            _save(exported.model, folder / f"{name}.onnx", dtype)
+            if name == "image_encoder":
+                _append_classes(exported.model, self.source.classifier)
+                _save(exported.model, folder / "classifier.onnx", dtype)
 
 
 def _append_classes(model: ir.Model, classifier: Classifier) -> None:
-    """Makes an image encoder a classifier: image features to logits."""
+    """Turns an image encoder into a classifier: image features to logits."""
     graph = model.graph
     (features,) = graph.outputs
     assert features.shape is not None
@@ -103,7 +142,7 @@ def _save(model: ir.Model, path: Path, dtype: torch.dtype) -> None:
 
 
 def _store_in(model: ir.Model, dtype: ir.DataType) -> None:
-    """Keeps the weights in half precision, each with a cast to fp32 behind it."""
+    """Stores the weights in half precision, each followed by a cast to fp32."""
     graph = model.graph
     for value in list(graph.initializers.values()):
         tensor = value.const_value
@@ -123,52 +162,3 @@ def _store_in(model: ir.Model, dtype: ir.DataType) -> None:
         del graph.initializers[str(value.name)]
         graph.register_initializer(stored)
         graph.insert_before(graph[0], node)
-
-
-class OnnxPredictor(Predictor):
-    """By onnxruntime."""
-
-    def __init__(self, folder: Path, classifier: Classifier, device: torch.device) -> None:
-        super().__init__(classifier, device)
-        self.folder = folder
-        provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
-        if provider not in onnxruntime.get_available_providers():
-            raise VlkrError(f"onnxruntime has no {provider} here; use device 'cpu'")
-        self.providers = [provider]
-        self.graph = self._session("classifier")
-        metadata = self.graph.get_modelmeta().custom_metadata_map
-        preprocessing = Preprocessing.from_json(json.loads(metadata["preprocessing"]))
-        self.transform = preprocessing.transform()
-
-    def _session(self, name: str) -> Any:
-        path = str(self.folder / f"{name}.onnx")
-        return onnxruntime.InferenceSession(path, providers=self.providers)
-
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """By the classifier's metadata."""
-        return self.transform(image)
-
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """Of ``image_encoder.onnx``."""
-        return _run(self._session("image_encoder"), pixels).to(self.device)
-
-    def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor:
-        """Of ``text_encoder.onnx``."""
-        return _run(self._session("text_encoder"), tokens).to(self.device)
-
-    def logits(self, pixels: Tensor) -> Tensor:
-        """Of ``classifier.onnx``."""
-        return _run(self.graph, pixels).to(self.device)
-
-
-def _run(session: Any, inputs: Tensor) -> Tensor:
-    (output,) = session.run(None, {session.get_inputs()[0].name: inputs.cpu().numpy()})
-    array: NDArray[np.float32] = output
-    return torch.from_numpy(array)
-
-
-def load(
-    folder: Path, manifest: dict[str, Any], classifier: Classifier, device: torch.device
-) -> OnnxPredictor:
-    """Reads the folder."""
-    return OnnxPredictor(folder, classifier, device)

@@ -1,4 +1,4 @@
-"""The check that every export ends with: does it compute what the adapted model computes?"""
+"""The check at the end of every export: whether it computes what the adapted model computes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from PIL import Image
 
 from vlkr.datasets import Dataset, Sample
 from vlkr.datasets.images import decode_image
-from vlkr.datasets.sources import skip_bad
-from vlkr.errors import SampleError, VlkrError
-from vlkr.export.formats import Predictor, Subject
+from vlkr.datasets.samples import BadSample, good_samples
+from vlkr.errors import VlkrError
+from vlkr.export.formats import Exported, ExportInput
 from vlkr.models.clip import encode_image, encode_text
 
 MAX_IMAGES = MAX_TEXTS = 64
@@ -28,13 +28,13 @@ class Parity:
     """Agreement of an export, loaded again, with the adapted model.
 
     Attributes:
-        images: compared, of the run's test split.
-        min_image_cosine: least cosine of image features.
-        min_text_cosine: least cosine of text features; None from a format without a text encoder.
-        same_predictions: fraction of images with the same class. A class counts as the same if the
-            adapted model gives it a probability as high as its first choice's, to within ``tie``.
-        bound: what the cosines must reach.
-        tie: a difference of probabilities.
+        images: number of test images compared.
+        min_image_cosine: smallest cosine of image features.
+        min_text_cosine: smallest cosine of text features; None without a text encoder.
+        same_predictions: fraction of images with the same class. A class counts as the same if its
+            probability under the adapted model is within ``tie`` of the highest one.
+        bound: smallest cosine allowed.
+        tie: difference of probabilities.
     """
 
     images: int
@@ -45,11 +45,11 @@ class Parity:
     tie: float
 
     def to_json(self) -> dict[str, Any]:
-        """As a dict."""
+        """Returns all fields by name."""
         return asdict(self)
 
     def summary(self) -> str:
-        """In a sentence."""
+        """Returns all numbers in a sentence."""
         text = self.min_text_cosine
         texts = "" if text is None else f"of text features {text:.6f}, "
         return (
@@ -61,32 +61,32 @@ class Parity:
 
 @torch.inference_mode()
 def check_parity(
-    subject: Subject, predictor: Predictor, dataset: Dataset, dtype: torch.dtype
+    source: ExportInput, exported: Exported, dataset: Dataset, dtype: torch.dtype
 ) -> Parity:
     """Compares features and predictions, each side with its own preprocessing and tokenizer.
 
     Args:
-        subject: the adapted model.
-        predictor: the export, loaded from disk.
+        source: the adapted model.
+        exported: the export, loaded from disk.
         dataset: of the run.
         dtype: of the exported weights.
 
     Raises:
         VlkrError: if a cosine is below the bound of the dtype, or a prediction differs.
     """
-    adapted, classifier = subject.adapted, subject.classifier
+    adapted, classifier = source.adapted, source.classifier
     images = spread_images(dataset, MAX_IMAGES)
     pixels = torch.stack([adapted.preprocess(image) for image in images])
-    own_pixels = torch.stack([predictor.preprocess(image) for image in images])
+    own_pixels = torch.stack([exported.preprocess(image) for image in images])
     features = encode_image(adapted.model, pixels)
-    own_features = predictor.image_features(own_pixels)
+    own_features = exported.image_features(own_pixels)
     probabilities = classifier.logits(features).softmax(1)
-    chosen = predictor.logits(own_pixels).argmax(1, keepdim=True)
+    chosen = exported.logits(own_pixels).argmax(1, keepdim=True)
     lost = probabilities.amax(1) - probabilities.gather(1, chosen).squeeze(1)
     parity = Parity(
         images=len(images),
         min_image_cosine=F.cosine_similarity(features, own_features).min().item(),
-        min_text_cosine=_min_text_cosine(subject, predictor) if adapted.has_text else None,
+        min_text_cosine=_min_text_cosine(source, exported) if adapted.has_text else None,
         same_predictions=(lost <= TIE[dtype]).double().mean().item(),
         bound=MIN_COSINE[dtype],
         tie=TIE[dtype],
@@ -97,19 +97,19 @@ def check_parity(
     return parity
 
 
-def _min_text_cosine(subject: Subject, predictor: Predictor) -> float | None:
-    adapted, head = subject.adapted, subject.classifier
+def _min_text_cosine(source: ExportInput, exported: Exported) -> float | None:
+    adapted, head = source.adapted, source.classifier
     prompts = [t.replace("{c}", name) for name in head.class_names for t in head.templates]
     texts = prompts[:: -(-len(prompts) // MAX_TEXTS)]
     tokens = adapted.tokenizer(texts)
-    found = predictor.text_features(texts, tokens)
-    if found is None:
+    features = exported.text_features(texts, tokens)
+    if features is None:
         return None
-    return F.cosine_similarity(encode_text(adapted.model, tokens), found).min().item()
+    return F.cosine_similarity(encode_text(adapted.model, tokens), features).min().item()
 
 
 def spread_images(dataset: Dataset, count: int) -> list[Image.Image]:
-    """Up to ``count`` test images that can be read, in turn from parts all over the split.
+    """Returns at most ``count`` readable test images, in turn from shards all over the split.
 
     Raises:
         VlkrError: if there is none.
@@ -117,27 +117,20 @@ def spread_images(dataset: Dataset, count: int) -> list[Image.Image]:
     shards = dataset.source("test").shards()
     step = -(-len(shards) // count)
     order = [shard for start in range(step) for shard in shards[start::step]]
-    parts = [skip_bad(shard, lambda error: None) for shard in order]
-    images = list(islice(_decodable(_in_turn(parts)), count))
+    samples = _round_robin([good_samples(shard) for shard in order])
+    decoded = (decode_image(sample) for sample in samples)
+    images = list(islice((i for i in decoded if not isinstance(i, BadSample)), count))
     if not images:
         raise VlkrError(f"dataset {dataset.name!r} has no test image to compare the export on")
     return images
 
 
-def _in_turn(iterators: list[Iterator[Sample]]) -> Iterator[Sample]:
+def _round_robin(iterators: list[Iterator[Sample]]) -> Iterator[Sample]:
     while iterators:
-        left = []
+        remaining = []
         for iterator in iterators:
             sample = next(iterator, None)
             if sample is not None:
                 yield sample
-                left.append(iterator)
-        iterators = left
-
-
-def _decodable(samples: Iterator[Sample]) -> Iterator[Image.Image]:
-    for sample in samples:
-        try:
-            yield decode_image(sample)
-        except SampleError:
-            continue
+                remaining.append(iterator)
+        iterators = remaining

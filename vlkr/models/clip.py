@@ -5,10 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from copy import deepcopy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,10 +20,11 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from vlkr.adapters.hosts import weights_hash
 from vlkr.errors import VlkrError
-from vlkr.hashing import weights_hash
 from vlkr.models.classifier import ClassHead
 from vlkr.models.names import model_source
+from vlkr.runtime import quiet
 
 _LOAD_ERRORS = (
     OSError,
@@ -175,20 +175,9 @@ def _check_names(source: str, name: str, pretrained: str | None) -> None:
         raise VlkrError(f"model {name!r} brings its weights, drop --pretrained {pretrained!r}")
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps open_clip's chatter on the root logger, and the hub's, out of the user's terminal."""
-    loggers = [logging.root, logging.getLogger("huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="QuickGELU mismatch", category=UserWarning)
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+def _quiet() -> AbstractContextManager[None]:
+    """Silences what open_clip writes to the root logger, and the hub's log."""
+    return quiet("", "huggingface_hub", level=logging.CRITICAL, ignore=["QuickGELU mismatch"])
 
 
 def save_open_clip_folder(bundle: ClipBundle, folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -282,10 +271,10 @@ def encode_image(model: nn.Module, images: Tensor) -> Tensor:
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     """Normalised text features, ``(num_texts, context_length)`` to ``(num_texts, embed_dim)``."""
     length = _seen_length(model, tokens)
-    with nullcontext() if length == tokens.shape[1] else _shortened(model, length):
-        features: Tensor = model.encode_text(  # type: ignore[operator]
-            tokens[:, :length], normalize=True
-        )
+    tower = model if length == tokens.shape[1] else _shortened(model, length)
+    features: Tensor = tower.encode_text(  # type: ignore[operator]
+        tokens[:, :length], normalize=True
+    )
     return features
 
 
@@ -310,40 +299,23 @@ def _seen_length(model: nn.Module, tokens: Tensor) -> int:
     return int(tokens.argmax(dim=1).max()) + 1
 
 
-@contextmanager
-def _shortened(model: nn.Module, length: int) -> Iterator[None]:
-    """Cuts the text tower's positions and mask to ``length`` tokens within the block."""
+def _shortened(model: nn.Module, length: int) -> nn.Module:
+    """Returns a shallow copy whose text tower has ``length`` positions; the model is untouched."""
     owner = _text_owner(model)
-    positions = owner._parameters["positional_embedding"]
-    mask = owner._buffers["attn_mask"]
+    part = copy(owner)
+    positions, mask = owner._parameters["positional_embedding"], owner._buffers["attn_mask"]
     assert positions is not None
     assert mask is not None
-    try:
-        owner._parameters["positional_embedding"] = positions[:length]  # type: ignore[assignment]
-        owner._buffers["attn_mask"] = mask[:length, :length]
-        yield
-    finally:
-        owner._parameters["positional_embedding"] = positions
-        owner._buffers["attn_mask"] = mask
+    part._parameters = {**owner._parameters, "positional_embedding": positions[:length]}  # type: ignore[dict-item]
+    part._buffers = {**owner._buffers, "attn_mask": mask[:length, :length]}
+    if owner is model:
+        return part
+    whole = copy(model)
+    whole._modules = {**model._modules, "text": part}
+    return whole
 
 
 def logit_scale(model: nn.Module) -> Tensor:
     """The factor of the cosine similarities, ``exp`` of the stored logarithm; a scalar."""
     scale: Tensor = model.logit_scale  # type: ignore[assignment]
     return scale.exp().squeeze()
-
-
-def pick_device(name: str) -> torch.device:
-    """``"auto"`` is the first GPU if there is one; otherwise torch's name of a device.
-
-    Raises:
-        VlkrError: for a device that is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise VlkrError(f"device {name!r} is not available, try 'cpu' or 'auto'") from error
-    return device

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from vlkr.adapters.hosts import weights_hash
 from vlkr.errors import VlkrError
-from vlkr.hashing import weights_hash
 from vlkr.models.clip import ClipBundle
 
 PREFIX = "timm:"

@@ -61,7 +61,7 @@ class Interruption(Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stops behind an epoch, whose checkpoint is written."""
         if self._is_to_stop(trainer):
-            raise StoppedError(self.how_to_go_on(trainer.current_epoch))
+            raise StoppedError(self.resume_hint(trainer.current_epoch))
 
     def on_train_batch_end(
         self,
@@ -77,7 +77,7 @@ class Interruption(Callback):
             return
         self._rest()
         trainer.save_checkpoint(self.checkpoint)
-        raise StoppedError(self.how_to_go_on(trainer.current_epoch, batch_idx + 1))
+        raise StoppedError(self.resume_hint(trainer.current_epoch, batch_idx + 1))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes the alarm off."""
@@ -89,7 +89,7 @@ class Interruption(Callback):
         """Takes the alarm off."""
         self._rest()
 
-    def how_to_go_on(self, epochs: int, batches: int = 0) -> str:
+    def resume_hint(self, epochs: int, batches: int = 0) -> str:
         """What the checkpoint holds and which option goes on from it."""
         if not self.checkpoint.is_file():
             return "no epoch was finished, start again with --force"
@@ -136,7 +136,7 @@ class Interruption(Callback):
 
 
 @contextmanager
-def tells_how_to_go_on(checkpoint: Path) -> Iterator[None]:
+def add_resume_hint(checkpoint: Path) -> Iterator[None]:
     """Gives an interruption of what comes before and after training its line, too.
 
     Raises:

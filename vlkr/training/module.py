@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import lightning as L
@@ -11,22 +13,20 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torchmetrics.classification import MulticlassAccuracy
 
-from vlkr.adapters import ComposedOnce, adapter_parameters
-from vlkr.adapters.inject import hosts
+from vlkr.adapters import ComposedWeightCache, adapter_parameters
+from vlkr.adapters.hosts import adapter_layers, is_adapter_key
+from vlkr.config import OptimizerConfig
 from vlkr.datasets.pipelines import Batch
 from vlkr.datasets.streaming import TrainLoader
 from vlkr.errors import VlkrError
 from vlkr.models.clip import ClipBundle, encode_image, logit_scale
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
-from vlkr.training.numerics import all_finite, first_layer_not_finite, some_of
-from vlkr.training.optim import make_optimizer
-from vlkr.training.options import OptimizerOptions
 
 _MAX_LOGIT_SCALE = 10_000
 
 
 def trained_parameters(model: nn.Module, head: nn.Module | None) -> list[Parameter]:
-    """What a run trains: the adapters of a model and its class head, if there is one."""
+    """Returns what a run trains: a model's adapters and its class head, if there is one."""
     return [*adapter_parameters(model), *([] if head is None else head.parameters())]
 
 
@@ -42,11 +42,11 @@ class FewShotModule(L.LightningModule):
         templates: with the placeholder ``{c}``.
         optimizer: options.
         seed: of dropout, and of the classes of a step.
-        classes_per_step: with more classes than these a step uses the batch's and random others,
-            which bounds the text tower's work; None for all classes.
+        classes_per_step: with more classes, a step uses those of the batch and random further
+            ones, which bounds the text tower's work; None for all classes.
 
     Raises:
-        VlkrError: for a logit scale that no training comes out of.
+        VlkrError: for a logit scale with which training is not possible.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class FewShotModule(L.LightningModule):
         bundle: ClipBundle,
         class_names: tuple[str, ...],
         templates: tuple[str, ...],
-        optimizer: OptimizerOptions,
+        optimizer: OptimizerConfig,
         seed: int,
         classes_per_step: int | None = None,
     ) -> None:
@@ -71,7 +71,7 @@ class FewShotModule(L.LightningModule):
         self.optimizer_options = optimizer
         self.seed = seed
         self.classes_per_step = classes_per_step
-        self.composed_once = ComposedOnce(bundle.model)
+        self.composed_weights = ComposedWeightCache(bundle.model)
         self.steps_next = True
         self.step_keys: list[str] = []
         self.loader_state: dict[str, int] | None = None
@@ -86,7 +86,8 @@ class FewShotModule(L.LightningModule):
         self.register_buffer("prompts", prompts, persistent=False)
         self.register_buffer("embeddings", torch.empty(0), persistent=False)
         self.adapted_towers = {
-            "visual" if path.startswith("visual") else "text" for path, _ in hosts(bundle.model)
+            "visual" if path.startswith("visual") else "text"
+            for path, _ in adapter_layers(bundle.model)
         }
         self.val_accuracy = MulticlassAccuracy(num_classes=len(class_names), average="micro")
 
@@ -97,16 +98,16 @@ class FewShotModule(L.LightningModule):
                 self.embeddings = class_embeddings(self.model, self.prompts)
 
     def on_train_start(self) -> None:
-        """Goes on in mid-epoch, where Lightning does not call ``on_train_epoch_start``."""
+        """Resumes in mid-epoch, where Lightning does not call ``on_train_epoch_start``."""
         self.on_train_epoch_start()
         if self.loader_state is not None:  # made before Lightning read the checkpoint
             self._loader().load_state_dict(self.loader_state)
 
     def forward(self, images: Tensor, classes: Tensor | None = None) -> Tensor:
-        """Logits of images ``(batch, 3, height, width)`` for all classes, or for those given.
+        """Returns the logits of images for all classes, or for those given.
 
         Args:
-            images: normalised as the model wants them.
+            images: ``(batch, 3, height, width)``, normalized as the model expects.
             classes: labels ``(num_chosen)``, None for all.
 
         Returns:
@@ -125,11 +126,11 @@ class FewShotModule(L.LightningModule):
         return logit_scale(self.model) * features @ embeddings.T
 
     def trained_parameters(self) -> list[Parameter]:
-        """Those of the adapters and of the class head, if there is one."""
+        """Returns the parameters of the adapters and of the class head, if there is one."""
         return trained_parameters(self.model, self.head)
 
     def _choose_classes(self, labels: Tensor) -> Tensor | None:
-        """The batch's classes and random others, sorted; None for all."""
+        """Returns the batch's classes and random further ones, sorted; None for all classes."""
         num_classes = len(self.prompts)
         if self.classes_per_step is None or self.classes_per_step >= num_classes:
             return None
@@ -140,22 +141,22 @@ class FewShotModule(L.LightningModule):
         return priority.topk(size).indices.sort().values
 
     def on_train_epoch_start(self) -> None:
-        """The base model stays in eval mode, the adapters train."""
+        """Puts the adapters into training mode; the base model stays in eval mode."""
         self.model.eval()
-        for _, host in hosts(self.model):
+        for _, host in adapter_layers(self.model):
             host.adapters.train()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout follows from seed, epoch and batch: a resumed run repeats an unbroken one."""
+        """Seeds dropout by seed, epoch and batch, so that a resumed run equals an unbroken one."""
         source = np.random.SeedSequence([self.seed, self.current_epoch, batch_idx])
         torch.manual_seed(int(source.generate_state(1, np.uint64)[0]))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross-entropy of one batch."""
+        """Returns the cross-entropy of one batch."""
         accumulate = self.trainer.accumulate_grad_batches
         alone = self.trainer.world_size == 1  # composing once bypasses DDP's reduction
-        if accumulate > 1 and alone and not self.composed_once.open:
-            self.composed_once.begin()
+        if accumulate > 1 and alone and not self.composed_weights.open:
+            self.composed_weights.begin()
         self.steps_next = (batch_idx + 1) % accumulate == 0 or self.trainer.is_last_batch
         chosen = self._choose_classes(batch.labels)
         labels = batch.labels if chosen is None else torch.searchsorted(chosen, batch.labels)
@@ -174,19 +175,19 @@ class FewShotModule(L.LightningModule):
         return loss
 
     def on_after_backward(self) -> None:
-        """Refuses a model whose code bypasses an adapter, which would silently not be trained."""
-        if self.steps_next and self.composed_once.open:
-            self.composed_once.finish()
+        """Raises :class:`VlkrError` if the model bypasses an adapter, which then cannot train."""
+        if self.steps_next and self.composed_weights.open:
+            self.composed_weights.finish()
         if self.global_step or not self.steps_next:
             return
-        for path, host in hosts(self.model):
+        for path, host in adapter_layers(self.model):
             if all(p.grad is None for p in host.adapters.parameters()):
                 raise VlkrError(f"the model's forward pass does not use the adapter on {path}")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raises :class:`VlkrError` for a gradient that would spoil the factors.
+        """Raises :class:`VlkrError` for a gradient that is not finite.
 
-        The loss scaling of ``16-mixed`` leaves such steps out, and halves its scale each time.
+        The loss scaling of ``16-mixed`` skips such steps, and halves its scale each time.
         """
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -195,7 +196,7 @@ class FewShotModule(L.LightningModule):
         ):
             return
         grads = {n: p.grad for n, p in self.named_parameters() if p.grad is not None}
-        # Backward comes from the last layer.
+        # The backward pass begins at the last layer.
         layer = [name for name, grad in grads.items() if not all_finite([grad])][-1]
         scale = f"a loss scale of {scaler.get_scale():.2g}, " if scaler is not None else ""
         raise VlkrError(
@@ -208,12 +209,12 @@ class FewShotModule(L.LightningModule):
         return f"at step {self.global_step} ({more}learning rate {lr:.2g}, samples {some_of(keys)})"
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Counts right answers."""
+        """Counts correct predictions."""
         self.val_accuracy(self(batch.images), batch.labels)
         self.log("val_acc1", self.val_accuracy, prog_bar=True, batch_size=len(batch.labels))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over the adapters and the class head, with a schedule a step."""
+        """Returns AdamW over the adapters and the class head, scheduled per step."""
         optimizer, schedule = make_optimizer(
             self.trained_parameters(),
             self.optimizer_options,
@@ -225,8 +226,9 @@ class FewShotModule(L.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the adapters and the class head only, and those only if they are finite."""
-        state = {k: tensor for k, tensor in checkpoint["state_dict"].items() if _is_trained(k)}
+        """Reduces the checkpoint to the adapters and the class head, which must be finite."""
+        is_trained = self._is_trained()
+        state = {k: tensor for k, tensor in checkpoint["state_dict"].items() if is_trained(k)}
         if bad := [key for key, tensor in state.items() if not all_finite([tensor])]:
             raise VlkrError(
                 f"{some_of(bad, 1).removeprefix('model.')} not finite after step "
@@ -236,20 +238,98 @@ class FewShotModule(L.LightningModule):
         checkpoint["base_sha256"] = self.base_hash
         checkpoint["train_loader"] = self._loader().state_dict()
 
+    def _is_trained(self) -> Callable[[str], bool]:
+        """Returns a test of whether a key of the state dict is of what is trained."""
+        is_adapter = is_adapter_key(self)
+        return lambda key: is_adapter(key) or key.startswith("head.")
+
     def _loader(self) -> TrainLoader:
         loader = self.trainer.train_dataloader
         assert isinstance(loader, TrainLoader)
         return loader
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises :class:`VlkrError` if the checkpoint belongs to another base model or adapter."""
+        """Raises :class:`VlkrError` if the checkpoint is of a different base model or adapter."""
         if checkpoint.get("base_sha256") != self.base_hash:
-            raise VlkrError("the checkpoint was written for other base weights")
-        own = {key: t.shape for key, t in self.state_dict().items() if _is_trained(key)}
+            raise VlkrError("the checkpoint was written for different base weights")
+        is_trained = self._is_trained()
+        own = {key: t.shape for key, t in self.state_dict().items() if is_trained(key)}
         if own != {key: t.shape for key, t in checkpoint["state_dict"].items()}:
-            raise VlkrError("the checkpoint was written for other adapters or targets")
+            raise VlkrError("the checkpoint was written for different adapters or targets")
         self.loader_state = checkpoint["train_loader"]
 
 
-def _is_trained(key: str) -> bool:
-    return ".adapters." in key or key.startswith("head.")
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], options: OptimizerConfig, total_steps: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """Returns AdamW and its schedule: linear warm-up, then a half cosine to zero.
+
+    Args:
+        parameters: to train.
+        options: learning rate, weight decay and warm-up.
+        total_steps: number of optimizer steps.
+    """
+    optimizer = torch.optim.AdamW(
+        list(parameters), lr=options.lr, weight_decay=options.weight_decay
+    )
+
+    def factor(step: int) -> float:
+        if step < options.warmup_steps:
+            return (step + 1) / options.warmup_steps
+        decay_steps = max(1, total_steps - options.warmup_steps)
+        progress = min(1.0, (step - options.warmup_steps) / decay_steps)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def first_layer_not_finite(model: nn.Module, forward: Callable[[], object]) -> str | None:
+    """Returns the name of the innermost module whose output is not finite first; None for none.
+
+    Args:
+        model: its modules are watched.
+        forward: runs it.
+    """
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and not all_finite(_tensors(output)):
+                found.append(name)
+
+        return look
+
+    hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every element is finite; synchronizes with the device once."""
+    floating = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
+    return bool(torch.isfinite(nn.utils.get_total_norm(floating, math.inf)))
+
+
+def some_of(names: list[str], most: int = 8) -> str:
+    """Formats names for a message.
+
+    >>> some_of(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        yield from _tensors(list(output.values()))
+    elif isinstance(output, list | tuple):
+        for part in output:
+            yield from _tensors(part)

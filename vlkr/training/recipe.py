@@ -2,49 +2,84 @@
 
 from __future__ import annotations
 
-import shutil
+import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import yaml
-from lightning.pytorch.utilities import rank_zero_only
 
-from vlkr.adapters import add_adapters, find_targets, match_budget, save_adapter
-from vlkr.datasets import DataOptions, Dataset, FewShotDataModule
+from vlkr.adapters import Projected, add_adapters, find_targets, project_model, save_adapter
+from vlkr.adapters.registry import adapter_class
+from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
+from vlkr.datasets import DataConfig, Dataset, FewShotDataModule
 from vlkr.datasets.pipelines import evaluation_loader
-from vlkr.datasets.streaming import PickedSource
+from vlkr.datasets.samples import View
 from vlkr.datasets.transforms import TrainTransform
 from vlkr.errors import VlkrError
-from vlkr.evaluation.runs import NEUTRAL
-from vlkr.files import read_yaml, write_text
+from vlkr.evaluation.evaluate import evaluate_model
+from vlkr.evaluation.report import Evaluation
+from vlkr.files import check_free
 from vlkr.models.classifier import ClassHead
 from vlkr.models.clip import ClipBundle, encode_image, image_size
-from vlkr.nested import differences
-from vlkr.training.checkpoints import check_checkpoint
+from vlkr.models.loading import load_model
+from vlkr.models.names import absolute_names
+from vlkr.reporting.table import Table
+from vlkr.runs import RunConfig, RunFolder
+from vlkr.runtime import is_first_process
+from vlkr.training.interruption import add_resume_hint, is_requeued
 from vlkr.training.module import FewShotModule
-from vlkr.training.options import AdapterOptions, OptimizerOptions, TrainerOptions
-from vlkr.training.trainer import CHECKPOINT, fit, make_trainer, quiet_lightning
+from vlkr.training.trainer import check_checkpoint, fit, make_trainer, quiet_lightning
 
 
 @dataclass
-class Training:
-    """What training left in a run folder.
+class AdaptResult:
+    """A finished run.
 
     Attributes:
-        options: of the adapter, its size found where a budget was to be met.
-        parameters: trained ones.
-        images: different ones that were trained on; fewer than the shots ask for where a class
-            has no more.
-        seconds: of training.
-        val_acc1: of the last epoch, on the few images set aside; None where there are none.
-        device: trained on.
+        output: the run folder.
+        bundle: the model with trained adapters.
+        evaluation: on the test split of the run's dataset.
+        parameters: number of trained parameters.
+        seconds: training time.
     """
 
-    options: dict[str, Any]
+    output: Path
+    bundle: ClipBundle
+    evaluation: Evaluation
+    parameters: int
+    seconds: float
+    exit_code = 0
+
+    def tables(self) -> list[Table]:
+        """Returns the evaluation's tables."""
+        return self.evaluation.tables()
+
+    def lines(self) -> list[str]:
+        """Returns the evaluation's caption, and where the run is."""
+        trained = f"{self.parameters:,} parameters trained in {self.seconds:.0f} s"
+        return [*self.evaluation.lines(), f"{trained}. Run: {self.output}"]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the run's ``metrics.json``."""
+        return self.evaluation.to_json() | {"train_seconds": round(self.seconds, 1)}
+
+
+@dataclass(frozen=True)
+class Training:
+    """Facts about a training that has ended.
+
+    Attributes:
+        parameters: number of trained parameters.
+        images: number of different training images; smaller than the shots ask for where a class
+            has too few.
+        seconds: training time.
+        val_acc1: top-1 accuracy of the last epoch on the held-out images; None without any.
+        device: where the model was trained.
+    """
+
     parameters: int
     images: int
     seconds: float
@@ -52,102 +87,140 @@ class Training:
     device: str
 
 
-def train(
+def adapt(
     output: Path,
-    bundle: ClipBundle,
-    dataset: Dataset,
-    adapter: AdapterOptions,
-    data: DataOptions,
-    optimizer: OptimizerOptions,
-    trainer: TrainerOptions,
-    seed: int,
-    *,
+    model: str = "tiny",
+    pretrained: str | None = None,
+    adapter: AdapterConfig = AdapterConfig(),
+    data: DataConfig = DataConfig(),
+    optimizer: OptimizerConfig = OptimizerConfig(),
+    trainer: TrainerConfig = TrainerConfig(),
+    seed: int = 1,
     resume: bool = False,
+    force: bool = False,
+) -> AdaptResult:
+    """Adapts a model by name to a few labeled images per class and writes a run folder.
+
+    Args:
+        output: run folder to write.
+        model: as for :func:`~vlkr.models.loading.load_model`.
+        pretrained: likewise.
+        adapter: method and targets.
+        data: dataset, shots and batches.
+        optimizer: optimizer options.
+        trainer: epochs, precision and device.
+        seed: random seed for split, initialization, shuffling and augmentation.
+        resume: continue from the checkpoint of an interrupted run; a job that SLURM requeues does
+            so by itself.
+        force: allow a non-empty output folder.
+
+    Raises:
+        VlkrError: for any option that does not make sense, before anything is written.
+    """
+    model, pretrained = absolute_names(model, pretrained)
+    config = RunConfig(model, pretrained, adapter, data, optimizer, trainer, seed)
+    config.check()
+    adapter_class(adapter.name)
+    folder = RunFolder(output, config)
+    resume = resume or (is_requeued() and folder.checkpoint.is_file())
+    folder.check_output(resume=resume, force=force)
+    dataset = data.load()
+    if next(iter(dataset.source("test")), None) is None:
+        raise VlkrError(f"dataset {dataset.name!r} has no image in its split 'test'")
+    bundle = load_model(model, pretrained)
+    config = config.resolved(bundle.model)
+    with (
+        add_resume_hint(folder.checkpoint),
+        RunFolder.start(output, config, resume=resume, force=force) as folder,
+    ):
+        training = train(folder, bundle, dataset, resume=resume)
+        evaluation = evaluate_model(
+            bundle, [dataset], batch_size=128, num_workers=data.num_workers, device=training.device
+        )
+        evaluation.context |= {
+            "adapter": adapter.name,
+            "options": config.adapter.options,
+            "parameters": training.parameters,
+            **data.context(),
+            "training images": training.images,
+            "classes per step": data.classes_per_step,
+            "seed": seed,
+            "checkpoint": "last iteration",
+        }
+        result = AdaptResult(output, bundle, evaluation, training.parameters, training.seconds)
+        if is_first_process():
+            folder.write_metrics(result.to_json(), evaluation.markdown())
+    return result
+
+
+def train(
+    folder: RunFolder, bundle: ClipBundle, dataset: Dataset, *, resume: bool = False
 ) -> Training:
     """Adds adapters to a loaded model, trains them and writes the run folder.
 
     Args:
-        output: the run folder; what an earlier run left there is replaced.
+        folder: started, with a resolved configuration; what an earlier run left is replaced.
         bundle: without adapters; has trained ones afterwards, on the CPU.
-        dataset: what ``data`` names.
-        adapter: method and targets.
-        data: shots and batches.
-        optimizer: learning rate and its kin.
-        trainer: epochs, precision and device.
-        seed: of the split, the initial factors, the order and the augmentation.
-        resume: go on from ``checkpoints/last.ckpt``.
+        dataset: what the configuration's data name.
+        resume: continue from the checkpoint.
 
     Raises:
-        VlkrError: for targets that match nothing, a budget that cannot be met, a class without
-            images, a loss that is not finite, or a checkpoint that is damaged or of another
-            configuration.
+        VlkrError: for targets that match nothing, a class without images, a loss that is not
+            finite, or a checkpoint that is damaged or of different weights.
     """
-    checkpoint = output / CHECKPOINT
-    L.seed_everything(seed, workers=True, verbose=False)
-    options, place = dict(adapter.options), adapter.place()
-    if adapter.match is not None:
-        budget = match_budget(adapter.name, bundle.model, adapter.match, **place, **options)
-        options = budget.options
-    config = {
-        "model": bundle.name,
-        "pretrained": bundle.pretrained,
-        "adapter": {**asdict(adapter), "options": options, "match": None},
-        "data": _plain(data.absolute()),
-        "optimizer": asdict(optimizer),
-        "trainer": asdict(trainer),
-        "seed": seed,
-    }
+    config, data = folder.config, folder.config.data
+    L.seed_everything(config.seed, workers=True, verbose=False)
     if resume:
-        _check_same_config(output / "config.yaml", config)
-        check_checkpoint(checkpoint)
+        check_checkpoint(folder.checkpoint)
+    place = config.adapter.place()
     find_targets(bundle.model, **place)
-    datamodule = FewShotDataModule(
-        dataset, data, seed, _train_transform(bundle, data), bundle.preprocess
+    cfg = bundle.preprocess_cfg
+    transform = TrainTransform(
+        image_size(bundle),
+        cfg["mean"],
+        cfg["std"],
+        cfg["interpolation"],
+        data.crop_scale,
+        data.flip,
     )
+    datamodule = FewShotDataModule(dataset, data, config.seed, transform, bundle.preprocess)
     if not bundle.has_text:
-        bundle.head = _started_head(bundle, dataset, datamodule)
-    add_adapters(bundle.model, adapter.name, **place, **options)
+        bundle.head = _initial_head(bundle, dataset, datamodule)
+    add_adapters(bundle.model, config.adapter.name, **place, **config.adapter.options)
     module = FewShotModule(
-        bundle, dataset.class_names, dataset.templates, optimizer, seed, data.classes_per_step
+        bundle,
+        dataset.class_names,
+        dataset.templates,
+        config.optimizer,
+        config.seed,
+        data.classes_per_step,
     )
     with quiet_lightning():
-        lightning_trainer = make_trainer(output, trainer, optimizer.grad_clip)
+        trainer = make_trainer(folder, config.trainer, config.optimizer.grad_clip)
         if is_first_process():
-            if resume:
-                _keep_log(output / "logs" / "csv" / "metrics.csv")
-            else:
-                _clear(output)
-            write_text(output / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-            datamodule.save_split(output / "split.jsonl")
+            folder.begin(resume=resume)
+            datamodule.save_split(folder.split)
         started = time.perf_counter()
-        fit(lightning_trainer, module, datamodule, checkpoint, resume=resume)
-        if resume and "val_acc1" not in lightning_trainer.callback_metrics:  # all epochs were done
-            lightning_trainer.validate(module, datamodule=datamodule, verbose=False)
+        fit(trainer, module, datamodule, folder.checkpoint, resume=resume)
+        if resume and "val_acc1" not in trainer.callback_metrics:  # all epochs were done
+            trainer.validate(module, datamodule=datamodule, verbose=False)
     seconds = time.perf_counter() - started
     bundle.model.to("cpu").eval()
     if is_first_process():
-        save_adapter(bundle.model, output / "adapter", base_model=bundle.label, force=True)
-        if bundle.head is not None:
-            bundle.head.cpu().save(output / "head.safetensors")
-    val_acc1 = lightning_trainer.callback_metrics.get("val_acc1")
+        folder.save(bundle)
+    val_acc1 = trainer.callback_metrics.get("val_acc1")
     return Training(
-        options,
-        sum(p.numel() for p in module.trained_parameters()),
-        len(datamodule.train_keys),
-        seconds,
-        None if val_acc1 is None else round(float(val_acc1), 6),
-        str(lightning_trainer.strategy.root_device),
+        parameters=sum(p.numel() for p in module.trained_parameters()),
+        images=len(datamodule.train_keys),
+        seconds=seconds,
+        val_acc1=None if val_acc1 is None else round(float(val_acc1), 6),
+        device=str(trainer.strategy.root_device),
     )
 
 
-def is_first_process() -> bool:
-    """Of several that train side by side."""
-    return bool(rank_zero_only.rank == 0)  # type: ignore[attr-defined]
-
-
-def _started_head(bundle: ClipBundle, dataset: Dataset, datamodule: FewShotDataModule) -> ClassHead:
-    """Class embeddings at the mean features of the images to train on."""
-    source = PickedSource(datamodule.pool, datamodule.train_keys)
+def _initial_head(bundle: ClipBundle, dataset: Dataset, datamodule: FewShotDataModule) -> ClassHead:
+    """Class embeddings at the mean features of the training images."""
+    source = View(datamodule.pool, times=datamodule.train_keys)
     loader = evaluation_loader(source, bundle.preprocess, 32, datamodule.options.num_workers)
     head = ClassHead(dataset.class_names, bundle.model_cfg["embed_dim"])
     with torch.no_grad():
@@ -158,39 +231,78 @@ def _started_head(bundle: ClipBundle, dataset: Dataset, datamodule: FewShotDataM
     return head
 
 
-def _plain(data: DataOptions) -> dict[str, Any]:
-    """What YAML holds as it is."""
-    root = None if data.root is None else str(data.root)
-    return {**asdict(data), "root": root, "crop_scale": list(data.crop_scale)}
+@dataclass
+class ProjectResult:
+    """A projected fine-tune: the adapter folder, each layer's error, and the context."""
+
+    output: Path
+    layers: list[Projected]
+    context: dict[str, Any]
+    exit_code = 0
+
+    @property
+    def error(self) -> float:
+        """Unweighted root mean square of the layers' relative errors."""
+        return math.sqrt(sum(layer.error**2 for layer in self.layers) / len(self.layers))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns context and layers."""
+        layers = [
+            {"layer": p.target.path, "change": p.delta_norm, "error": p.error} for p in self.layers
+        ]
+        return {**self.context, "output": str(self.output), "error": self.error, "layers": layers}
+
+    def tables(self) -> list[Table]:
+        """Returns one row per layer."""
+        rows = [["layer", "change / weight", "error / change"]]
+        rows += [[p.target.path, f"{p.delta_norm:.4f}", f"{p.error:.4f}"] for p in self.layers]
+        rows.append(["root mean square", "", f"{self.error:.4f}"])
+        return [Table.of("Relative Frobenius norms", rows)]
+
+    def lines(self) -> list[str]:
+        """Returns the context, and where the adapter is."""
+        context = ", ".join(f"{key} {value}" for key, value in self.context.items())
+        return [context, f"Adapter: {self.output}"]
 
 
-def _train_transform(bundle: ClipBundle, data: DataOptions) -> TrainTransform:
-    cfg = bundle.preprocess_cfg
-    return TrainTransform(
-        image_size(bundle),
-        cfg["mean"],
-        cfg["std"],
-        cfg["interpolation"],
-        data.crop_scale,
-        data.flip,
+def project_fine_tune(
+    output: Path,
+    base: str,
+    tuned: str,
+    base_pretrained: str | None = None,
+    tuned_pretrained: str | None = None,
+    adapter: AdapterConfig = AdapterConfig(),
+    force: bool = False,
+) -> ProjectResult:
+    """Finds the adapter that is nearest to a full fine-tune and writes it as an adapter folder.
+
+    KRAdapter's is the truncated SVD of each row, LoRA's that of the matrix. What the fine-tune
+    changed elsewhere (norms, embeddings, biases) is left out.
+
+    Args:
+        output: adapter folder to write.
+        base: base model, as for :func:`~vlkr.models.loading.load_model`.
+        tuned: fine-tuned model.
+        base_pretrained: open_clip tag or path of weights of the base model.
+        tuned_pretrained: open_clip tag or path of weights of the fine-tuned model.
+        adapter: method (``kradapter`` or ``lora``), its options and targets.
+        force: replace an existing adapter.
+
+    Raises:
+        VlkrError: if a model cannot be read, or the two differ in shape.
+    """
+    if adapter.match is not None:
+        raise VlkrError("adapter.match does not go with project; adapter.options choose the size")
+    check_free(output, force=force)
+    first, second = load_model(base, base_pretrained), load_model(tuned, tuned_pretrained)
+    layers = project_model(
+        first.model, second.model.state_dict(), adapter.name, **adapter.place(), **adapter.options
     )
-
-
-def _keep_log(log: Path) -> None:
-    """Renames the CSV log of the part before, which Lightning would delete."""
-    if log.is_file():
-        log.rename(log.with_name(f"metrics-{len(list(log.parent.glob('*.csv')))}.csv"))
-
-
-def _clear(output: Path) -> None:
-    """Removes what an earlier run left, and nothing else."""
-    for name in ("adapter", "logs", Path(CHECKPOINT).parts[0]):
-        shutil.rmtree(output / name, ignore_errors=True)
-    for name in ("config.yaml", "split.jsonl", "head.safetensors", "metrics.json", "report.md"):
-        (output / name).unlink(missing_ok=True)
-
-
-def _check_same_config(path: Path, config: dict[str, Any]) -> None:
-    for key, change in differences(read_yaml(path), config).items():
-        if key not in NEUTRAL:
-            raise VlkrError(f"cannot resume: {change} in {path}")
+    save_adapter(first.model, output, base_model=first.label, force=force)
+    context = {
+        "base": first.label,
+        "tuned": second.label,
+        "adapter": adapter.name,
+        "options": adapter.options,
+    }
+    return ProjectResult(output, layers, context)

@@ -1,25 +1,32 @@
-"""Lightning's trainer as the recipe uses it: its files and its silence."""
+"""Lightning's trainer as the recipe uses it, and checkpoints that carry their own checksum."""
 
 from __future__ import annotations
 
-import logging
+import hashlib
+import os
 import signal
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from vlkr.config import TrainerConfig
 from vlkr.errors import VlkrError
-from vlkr.training.checkpoints import SealedCheckpoints
+from vlkr.files import atomic_file
+from vlkr.runs import RunFolder
+from vlkr.runtime import quiet
 from vlkr.training.interruption import Interruption, StoppedError
-from vlkr.training.options import TrainerOptions
 
-CHECKPOINT = "checkpoints/last.ckpt"
+# A zip archive ends with the length of its comment, in two bytes, and the comment.
+_MARK = b"sha256:"
+_LENGTH = len(_MARK) + 2 * hashlib.sha256().digest_size
 # What Lightning and torch raise where a checkpoint has not the structure they wrote.
 _RESTORE_ERRORS = (
     AttributeError,
@@ -43,22 +50,21 @@ class _ProgressBar(RichProgressBar):
         return metrics
 
 
-def make_trainer(output: Path, options: TrainerOptions, grad_clip: float) -> L.Trainer:
-    """A trainer that logs to ``output`` and writes its checkpoint there after each epoch.
+def make_trainer(folder: RunFolder, options: TrainerConfig, grad_clip: float) -> L.Trainer:
+    """Returns a trainer that logs to a run folder and writes its checkpoint after each epoch.
 
     Args:
-        output: the run folder; nothing is written before training starts.
+        folder: of the run; nothing is written before training starts.
         options: of the run.
         grad_clip: largest gradient norm, 0 for none.
 
     Raises:
         VlkrError: for a device or precision that is not there.
     """
-    checkpoint = Path(CHECKPOINT)
     callbacks: list[Callback] = [
         ModelCheckpoint(
-            dirpath=output / checkpoint.parent,
-            filename=checkpoint.stem,
+            dirpath=folder.checkpoint.parent,
+            filename=folder.checkpoint.stem,
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
@@ -78,12 +84,12 @@ def make_trainer(output: Path, options: TrainerOptions, grad_clip: float) -> L.T
             callbacks=callbacks,
             plugins=[SealedCheckpoints()],
             logger=[
-                CSVLogger(output / "logs", name="", version="csv"),
-                TensorBoardLogger(output / "logs", name="", version="tensorboard"),
+                CSVLogger(folder.log_dir, name="", version="csv"),
+                TensorBoardLogger(folder.log_dir, name="", version="tensorboard"),
             ],
             # Where Lightning would look for a SLURM checkpoint by itself: a folder that a fresh run
             # empties.
-            default_root_dir=output / checkpoint.parent,
+            default_root_dir=folder.checkpoint.parent,
             enable_progress_bar=options.progress,
             enable_model_summary=False,
             log_every_n_steps=1,
@@ -139,7 +145,7 @@ def fit(
         raise KeyboardInterrupt(str(error)) from error
     except SystemExit as error:  # Lightning's answer to an interruption that could not wait
         signal.signal(signal.SIGINT, on_interrupt)  # which Lightning leaves ignored
-        raise KeyboardInterrupt(interruption.how_to_go_on(trainer.current_epoch)) from error
+        raise KeyboardInterrupt(interruption.resume_hint(trainer.current_epoch)) from error
     except _RESTORE_ERRORS as error:
         if isinstance(error, VlkrError) or not resume or interruption.has_started:
             raise
@@ -147,30 +153,65 @@ def fit(
             f"{checkpoint} is damaged: {type(error).__name__} {' '.join(str(error).split())}"
         ) from error
     if interruption.received is not None:
-        raise KeyboardInterrupt(interruption.how_to_go_on(trainer.current_epoch))
+        raise KeyboardInterrupt(interruption.resume_hint(trainer.current_epoch))
 
 
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Mutes advice about hardware and workers that a user of the command line cannot follow."""
-    loggers = [logging.getLogger("lightning.pytorch"), logging.getLogger("lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+# Advice about hardware and workers that a user of the command line cannot act on.
+_LOGGERS = ("lightning.pytorch", "lightning.fabric")
+_WARNINGS = (
+    ".*module.s. in eval mode at the start",
+    "Detected call of .lr_scheduler.step",  # loss scaling may skip the first step
+    ".*LeafSpec.* is deprecated",
+    ".*does not have many workers.*",
+    "Total length of `list` across ranks is zero",
+    ".*AMP with fp16 is not supported on CPU",
+    "Checkpoint directory .* exists and is not",
+    "Experiment logs directory .* exists and is",
+    "The dirpath has changed from",  # a run folder that was moved; its checkpoint is found
+)
+
+
+def quiet_lightning() -> AbstractContextManager[None]:
+    """Silences Lightning's advice about hardware and workers."""
+    return quiet(*_LOGGERS, ignore=_WARNINGS)
+
+
+class SealedCheckpoints(TorchCheckpointIO):
+    """Writes Lightning's checkpoints atomically, with their SHA-256 as the zip comment.
+
+    Lightning itself writes to the system's temporary folder first, possibly on a different disk.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Writes ``checkpoint`` to ``path`` atomically."""
+        with atomic_file(Path(path)) as temporary:
+            super().save_checkpoint(checkpoint, temporary, storage_options)
+            digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+            with temporary.open("r+b") as file:
+                file.seek(-2, os.SEEK_END)
+                file.write(_LENGTH.to_bytes(2, "little") + _MARK + digest.encode())
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raises :class:`VlkrError` for a checkpoint that is damaged, or is not tensors and numbers.
+
+    Args:
+        path: written by :class:`SealedCheckpoints`.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start")
-            # Loss scaling may leave out the first step.
-            warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
-            warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")
-            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not")
-            warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is")
-            # Of a run folder that was moved; the one checkpoint lies where it is looked for.
-            warnings.filterwarnings("ignore", message="The dirpath has changed from")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        content = path.read_bytes()
+        seal = content[-_LENGTH:]
+        length = content[-_LENGTH - 2 : -_LENGTH]
+        if length != _LENGTH.to_bytes(2, "little") or not seal.startswith(_MARK):
+            raise VlkrError(f"{path} is damaged: it does not end with its SHA-256")
+        digest = hashlib.sha256(content[: -_LENGTH - 2] + bytes(2)).hexdigest()
+        if seal.removeprefix(_MARK) != digest.encode():
+            raise VlkrError(f"{path} is damaged: its SHA-256 is {digest[:12]}..., not as written")
+        torch.load(path, map_location="cpu", weights_only=True)
+    except VlkrError:
+        raise
+    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise VlkrError(f"{path} is damaged: {reason}") from error

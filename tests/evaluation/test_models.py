@@ -1,0 +1,198 @@
+import dataclasses
+import io
+import tarfile
+
+import open_clip
+import pytest
+import torch
+import yaml
+from helpers import ROOT, write_images, write_shards
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from vlkr.adapters.hosts import weights_hash
+from vlkr.datasets import load_dataset
+from vlkr.datasets.samples import View
+from vlkr.errors import VlkrError
+from vlkr.evaluation.evaluate import evaluate_model
+from vlkr.models.clip import load_clip
+from vlkr.runs import RunFolder
+
+
+def read_card(name):
+    """Card, images and labels of a dataset that ships, without vlkr."""
+    card = yaml.safe_load((ROOT / "data" / f"{name}.yaml").read_text())
+    images, labels = {}, {}
+    for path in (ROOT / "data" / name / "test").glob("*.tar"):
+        with tarfile.open(path) as archive:
+            for entry in archive:
+                key, extension = entry.name.split(".")
+                content = archive.extractfile(entry).read()
+                if extension == "cls":
+                    labels[key] = int(content)
+                else:
+                    images[key] = Image.open(io.BytesIO(content)).convert("RGB")
+    return card, [images[key] for key in labels], torch.tensor(list(labels.values()))
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-fonts"])
+def test_equals_a_plain_open_clip_loop(small, name):
+    card, images, labels = read_card(name)
+    model, _, preprocess = open_clip.create_model_and_transforms(small)
+    tokenizer = open_clip.get_tokenizer(small)
+    templates = [lambda c, t=t: t.replace("{c}", c) for t in card["templates"]]
+    model.eval()
+    with torch.no_grad():
+        classifier = open_clip.build_zero_shot_classifier(
+            model, tokenizer, card["class_names"], templates
+        )
+        features = model.encode_image(torch.stack([preprocess(image) for image in images]))
+        features = features / features.norm(dim=1, keepdim=True)
+        logits = model.logit_scale.exp() * features @ classifier
+    result = evaluate_model(load_clip(small), [load_dataset(name)]).in_distribution
+    assert result.images == len(labels) == card["splits"]["test"]
+    predicted = logits.argmax(1)
+    assert result.metrics["acc1"] == pytest.approx(
+        (predicted == labels).double().mean().item(), abs=1e-6
+    )
+    top5 = (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()
+    assert result.metrics["acc5"] == pytest.approx(top5, abs=1e-6)
+    recall = torch.stack([(predicted == c)[labels == c].double().mean() for c in labels.unique()])
+    assert result.metrics["mean_per_class_recall"] == pytest.approx(recall.mean().item(), abs=1e-6)
+    nll = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert result.metrics["nll"] == pytest.approx(nll, abs=1e-5)
+
+
+def test_workers_and_batches_change_nothing(small, colors):
+    dataset, bundle = load_dataset(colors), load_clip(small)
+    expected = evaluate_model(bundle, [dataset], batch_size=64)
+    for options in ({"num_workers": 2}, {"batch_size": 1}, {"batch_size": 5, "num_workers": 2}):
+        found = evaluate_model(bundle, [dataset], **options)
+        assert found.in_distribution.images == expected.in_distribution.images
+        assert found.in_distribution.metrics == pytest.approx(
+            expected.in_distribution.metrics, abs=1e-5
+        )
+
+
+def test_adapted_model_is_measured_and_comes_back(run, small, colors):
+    bundle = RunFolder.open(run).load_model()
+    base = load_clip(small)
+    found = evaluate_model(bundle, [load_dataset(colors)])
+    plain = evaluate_model(base, [load_dataset(colors)])
+    assert found.in_distribution.metrics != plain.in_distribution.metrics
+    assert weights_hash(bundle.model) == base.weights_hash
+    assert evaluate_model(bundle, [load_dataset(colors)]).in_distribution == found.in_distribution
+
+
+def test_predictions_are_kept_when_asked(small, colors):
+    bundle, dataset = load_clip(small), load_dataset(colors)
+    assert evaluate_model(bundle, [dataset]).in_distribution.predictions is None
+    home = evaluate_model(bundle, [dataset], keep_predictions=True).in_distribution
+    samples = sorted(dataset.source("test"), key=lambda sample: sample.key)
+    assert home.predictions.keys == [sample.key for sample in samples]
+    assert home.predictions.labels == [sample.label for sample in samples]
+    images = torch.stack([bundle.preprocess(Image.open(io.BytesIO(s.image))) for s in samples])
+    names = dataset.class_names
+    with torch.no_grad():
+        classifier = open_clip.build_zero_shot_classifier(
+            bundle.model, bundle.tokenizer, names, ["a photo of a {}."]
+        )
+        features = bundle.model.encode_image(images, normalize=True)
+        expected = (bundle.model.logit_scale.exp() * features @ classifier).softmax(1)
+    confidence = torch.tensor(home.predictions.confidence)
+    torch.testing.assert_close(confidence, expected.amax(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(home.predictions.predicted), expected.argmax(1))
+    assert torch.tensor(home.confusion).sum() == home.images == len(samples)
+    assert home.class_names == names
+
+
+def test_images_of_unknown_classes(small, colors, tmp_path):
+    bundle, home = load_clip(small), load_dataset(colors)
+    strange = [load_dataset(write_images(tmp_path / name, 4)) for name in ("a", "b")]
+    found = evaluate_model(bundle, [home], unknown=strange)
+    assert found.context["unknown"].startswith("a (")
+    # The same images in the same classes, so that their confidences are the home dataset's kind.
+    known = evaluate_model(
+        bundle, [home], keep_predictions=True
+    ).in_distribution.predictions.confidence
+    other = [
+        c
+        for dataset in strange
+        for c in evaluate_model(
+            bundle, [dataset], keep_predictions=True
+        ).in_distribution.predictions.confidence
+    ]
+    expected = roc_auc_score([1] * len(known) + [0] * len(other), known + other)
+    assert found.in_distribution.metrics["auroc"] == pytest.approx(expected, abs=1e-4)
+    assert "auroc" not in evaluate_model(bundle, [home]).in_distribution.metrics
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory):
+    """Folder of images by domain and class."""
+    root = tmp_path_factory.mktemp("domains")
+    for i, name in enumerate(("art", "photo", "sketch")):
+        write_images(root / name, per_class=6 + 2 * i)
+    return root
+
+
+def test_accuracy_by_domain(small, domains):
+    bundle, dataset = load_clip(small), load_dataset(domains)
+    found = evaluate_model(bundle, [dataset], keep_predictions=True).in_distribution
+    assert list(found.domains) == ["art", "photo", "sketch"]
+    accuracies = []
+    for name, domain in found.domains.items():
+        own = evaluate_model(bundle, [dataset.select(domains=[name])]).in_distribution
+        assert domain.images == own.images == found.predictions.domains.count(name)
+        assert domain.acc1 == own.metrics["acc1"]
+        assert "mean_domain_acc1" not in own.metrics
+        accuracies.append(domain.acc1)
+    mean = sum(accuracies) / 3
+    assert found.metrics["mean_domain_acc1"] == pytest.approx(mean, abs=1e-6)
+    assert found.metrics["worst_domain_acc1"] == min(accuracies)
+
+
+def test_domain_without_images_is_told(small, domains):
+    dataset = load_dataset(domains)
+    lacking = dataclasses.replace(dataset.select(domains=["art", "photo"]), domains=dataset.domains)
+    with pytest.raises(VlkrError, match="domain 'sketch' is empty"):
+        evaluate_model(load_clip(small), [lacking])
+
+
+def test_bad_images_are_left_out_up_to_a_number(small, tmp_path):
+    root = write_images(tmp_path / "d", per_class=3, splits=["test"])
+    for name in ("red", "blue"):
+        (root / "test" / name / "1.png").write_bytes(b"garbage")
+    bundle, dataset = load_clip(small), load_dataset(root)
+    with pytest.raises(VlkrError, match="more than 1 bad samples"):
+        evaluate_model(bundle, [dataset], max_bad=1)
+    with pytest.warns(UserWarning, match="2 bad samples were skipped"):
+        assert evaluate_model(bundle, [dataset], max_bad=2).in_distribution.images == 7
+
+
+def test_a_key_in_two_tars_is_told(small, tmp_path):
+    shards = write_shards(tmp_path / "d", per_class=2) / "test"
+    (shards / "1.tar").write_bytes((shards / "0.tar").read_bytes())
+    with pytest.raises(VlkrError, match="'d' has the key 's0_0' 2 times in its split 'test'"):
+        evaluate_model(load_clip(small), [load_dataset(tmp_path / "d")])
+
+
+def test_missing_samples_of_a_card_are_told(small):
+    fonts = load_dataset("digits-fonts")
+    more = dataclasses.replace(fonts, sizes={"test": 161})
+    with pytest.raises(VlkrError, match=r"'digits-fonts' has 160 images .* expected 161"):
+        evaluate_model(load_clip(small), [more])
+
+
+def test_split_without_images_is_told(small, tmp_path):
+    dataset = load_dataset(write_images(tmp_path / "d"))
+    nothing = dataclasses.replace(dataset, splits={"test": View(dataset.source("test"), times={})})
+    with pytest.raises(VlkrError, match="has no images in its split 'test'"):
+        evaluate_model(load_clip(small), [nothing])
+
+
+def test_weights_that_are_not_finite_are_told(small, colors):
+    bundle = load_clip(small)
+    bundle.model.visual.proj.data[0, 0] = torch.nan
+    with pytest.raises(VlkrError, match="logits on colors are not finite"):
+        evaluate_model(bundle, [load_dataset(colors)])

@@ -1,0 +1,1 @@
+"""Which weight updates adapters can make, and which ones runs have made."""

@@ -1,1 +1,0 @@
-"""How well adapters follow matrices of known spectra: closed forms, training, measures."""

@@ -1,0 +1,1 @@
+"""Tables, figures, statistics and report pages. Imports no torch."""
