@@ -2,7 +2,7 @@ import pytest
 from helpers import COLORS, color_image, write_clip, write_images
 
 from vlkr.config import OptimizerConfig, TrainerConfig
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def colors(tmp_path_factory):
-    """A home dataset; beside it, ``more`` images of its classes and two of them alone."""
+    """A dataset to adapt to; beside it, ``more`` images of its classes, and ``two`` classes."""
     root = tmp_path_factory.mktemp("data")
     write_images(root / "more", per_class=16, names=list(COLORS)[::-1])
     write_images(root / "two", per_class=8, names=["red", "blue"])
@@ -26,7 +26,7 @@ def colors(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def others(colors):
-    """What the home dataset is measured against."""
+    """Datasets under domain shift."""
     return [str(colors.parent / name) for name in ("more", "two")]
 
 
@@ -48,7 +48,7 @@ def options(small, colors):
     """A grid whose cells take a moment: few steps of a small model."""
     return {
         "model": small,
-        "data": DataOptions(root=colors, shots=2, batch_size=8, min_steps_per_epoch=2),
+        "data": DataConfig(root=colors, shots=2, batch_size=8, min_steps_per_epoch=2),
         "optimizer": OptimizerConfig(lr=1e-2),
         "trainer": TrainerConfig(epochs=1, accelerator="cpu", progress=False),
         "seeds": [1, 2],

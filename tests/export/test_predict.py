@@ -207,7 +207,7 @@ def test_workers_and_a_process_of_its_own(model, photos, capsys):
     _, lines = lines_of(capsys, "--model", model, photos)
     code = (
         "import sys; from vlkr.cli import main; status = main(sys.argv[1:])\n"
-        "optional = {'onnx', 'onnxruntime', 'transformers', 'vlkr.export.timm'}\n"
+        "optional = {'onnx', 'onnxruntime', 'vlkr.export.timm', 'vlkr.export.transformers'}\n"
         "print(*(optional & set(sys.modules)), file=sys.stderr); sys.exit(status)"
     )
     words = ["predict", "--model", model, photos, "--num-workers=2", "--batch-size=2"]
@@ -238,7 +238,7 @@ def test_workers_and_a_process_of_its_own(model, photos, capsys):
         ("--model MODEL PHOTOS --output EMPTY/x.json", "x.json: name it .csv or .jsonl"),
         ("--model MODEL PHOTOS --format xml", "unknown format 'xml'; known: table, jsonl, csv"),
         ("--model MODEL PHOTOS --device abacus", "device 'abacus' is not available"),
-        ("--model MODEL", "--images missing"),
+        ("--model MODEL", "--images requires an argument"),
     ],
 )
 def test_wrong_input_is_one_line(words, message, model, photos, tmp_path, capsys):

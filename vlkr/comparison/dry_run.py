@@ -12,7 +12,7 @@ from torch import nn
 
 from vlkr.adapters import count_parameters
 from vlkr.comparison.plan import Cell, Plan
-from vlkr.datasets import DataOptions, Dataset
+from vlkr.datasets import DataConfig, Dataset
 from vlkr.errors import VlkrError
 from vlkr.reporting.table import Table, caption, value_range
 
@@ -112,7 +112,7 @@ class _Sizes:
                 self.missing[name] = str(error)
         return self.known[key]
 
-    def dataset(self, data: DataOptions) -> Dataset | None:
+    def dataset(self, data: DataConfig) -> Dataset | None:
         about = {**asdict(data), "shots": 1, "min_steps_per_epoch": 1}
         key = json.dumps(about, sort_keys=True, default=str)
         name = str(data.root or data.name)
@@ -125,7 +125,7 @@ class _Sizes:
         model: nn.Module | None = self._once(f"model {name}", name, lambda: load_shapes(name))
         return model
 
-    def images(self, data: DataOptions, split: str) -> int | None:
+    def images(self, data: DataConfig, split: str) -> int | None:
         dataset = self.dataset(data)
         if dataset is None:
             return None

@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.progress import Progress
 
 from vlkr.datasets.images import check_format, shrink
@@ -23,6 +22,7 @@ from vlkr.datasets.samples import BadSample, Sample, Source, good_samples, shuff
 from vlkr.datasets.shards import tar_fields
 from vlkr.errors import VlkrError
 from vlkr.files import atomic_file, check_free, read_json, sha256_of, write_json, write_text
+from vlkr.reporting.table import Table
 from vlkr.runtime import interleave_jobs, parallel_map, progress_bar
 
 MANIFEST = "manifest.json"
@@ -45,6 +45,7 @@ class PackResult:
     manifest: Mapping[str, Any]
     kept: int
     bad: list[str]
+    exit_code = 0
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for a program."""
@@ -55,19 +56,20 @@ class PackResult:
             **self.manifest,
         }
 
-    def show(self, console: Console) -> None:
-        """Prints what each split holds."""
+    def tables(self) -> list[Table]:
+        """Returns no table."""
+        return []
+
+    def lines(self) -> list[str]:
+        """Returns what each split holds, what was left out, and where the shards are."""
+        lines = []
         for split, content in self.manifest["splits"].items():
             shards = content["shards"]
             size = sum(shard["bytes"] for shard in shards) / 1e6
             number = f"{len(shards)} shard{'s' * (len(shards) != 1)}"
-            console.print(
-                f"{split}: {content['samples']:,} images in {number}, {size:,.1f} MB",
-                highlight=False,
-            )
-        for line in self.bad:
-            console.print(f"left out: {line}", highlight=False, markup=False)
-        console.print(f"Shards: {self.dest}", highlight=False, markup=False)
+            lines.append(f"{split}: {content['samples']:,} images in {number}, {size:,.1f} MB")
+        lines += [f"left out: {line}" for line in self.bad]
+        return [*lines, f"Shards: {self.dest}"]
 
 
 def pack(

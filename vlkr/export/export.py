@@ -8,7 +8,7 @@ import shlex
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -36,6 +36,7 @@ from vlkr.export.parity import Parity, check_parity
 from vlkr.files import atomic_folder, check_free, read_json, write_json, write_text
 from vlkr.models.clip import logit_scale
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
+from vlkr.reporting.table import Table
 from vlkr.runs import RunFolder, adapter_scale
 from vlkr.runtime import pick_device
 from vlkr.version import __version__
@@ -62,9 +63,10 @@ class ExportResult:
     dtype: str
     parity: Parity
     address: str | None = None
+    exit_code: ClassVar[int] = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields."""
+        """Returns all fields."""
         return {
             "folder": str(self.folder),
             "format": self.format,
@@ -73,14 +75,17 @@ class ExportResult:
             "address": self.address,
         }
 
-    def show(self, console: Console) -> None:
-        """Print where the export is and how it agrees with the adapted model."""
-        pushed = "" if self.address is None else f" Pushed to {escape(self.address)}."
-        console.print(
-            f"Exported to [bold]{escape(str(self.folder))}[/] ({self.format}, {self.dtype}). "
-            f"{self.parity.summary()}{pushed}",
-            highlight=False,
-        )
+    def tables(self) -> list[Table]:
+        """Returns none."""
+        return []
+
+    def lines(self) -> list[str]:
+        """Returns where the export is and how it agrees with the adapted model."""
+        pushed = "" if self.address is None else f" Pushed to {self.address}."
+        return [
+            f"Exported to {self.folder} ({self.format}, {self.dtype}). "
+            f"{self.parity.summary()}{pushed}"
+        ]
 
 
 def export(
@@ -92,7 +97,7 @@ def export(
     force: bool = False,
     push_to_hub: str | None = None,
 ) -> ExportResult:
-    """Write a run's adapted model in a form that needs no vlkr.
+    """Writes a run's adapted model in a form that needs no vlkr.
 
     The adapters are merged in fp32 and then cast. The export is loaded again and compared with the
     adapted model on the run's test images before it gets its name.
@@ -155,7 +160,7 @@ def export(
 
 @torch.no_grad()
 def load_input(run: Path, alpha: float) -> tuple[ExportInput, Dataset]:
-    """Return a run's adapted model, ready for export, and its dataset.
+    """Returns a run's adapted model, ready for export, and its dataset.
 
     Args:
         run: written by ``vlkr adapt``.
@@ -191,7 +196,7 @@ def load_input(run: Path, alpha: float) -> tuple[ExportInput, Dataset]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read what an export says about itself.
+    """Reads what an export says about itself.
 
     Raises:
         VlkrError: if the folder does not hold an export, or its manifest is damaged.
@@ -212,7 +217,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def load_export(folder: Path, device: str = "cpu") -> Exported:
-    """Load an export by the library that its format is made for.
+    """Loads an export by the library that its format is made for.
 
     Raises:
         VlkrError: if the folder does not hold an export, or is damaged.
@@ -240,7 +245,7 @@ def load_export(folder: Path, device: str = "cpu") -> Exported:
 
 @torch.inference_mode()
 def _try_out(exported: Exported) -> None:
-    """Classify a black image: no reader notices some kinds of damage before the first image."""
+    """Classifies a black image: no reader notices some kinds of damage before the first image."""
     pixels = exported.preprocess(Image.new("RGB", (64, 64)))
     logits = exported.logits(pixels[None].to(exported.device))
     expected = (1, len(exported.classifier.class_names))

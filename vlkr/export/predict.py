@@ -12,21 +12,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import rich.table
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import TextColumn
-from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from vlkr.datasets.images import decode_image
 from vlkr.datasets.lists import image_files
 from vlkr.datasets.samples import IMAGE_EXTENSIONS, BadSample, Sample, read_image
-from vlkr.errors import VlkrError
+from vlkr.errors import VlkrError, printable
 from vlkr.export.export import load_export, read_manifest
 from vlkr.export.formats import Exported
 from vlkr.files import check_free, write_text
+from vlkr.reporting.table import Table
 from vlkr.runtime import parallel_map, progress_bar
 
 FORMATS = ("table", "jsonl", "csv")
@@ -49,7 +49,7 @@ class Prediction:
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the first choice, and all of them if there are several."""
+        """Returns the first choice, and all of them if there are several."""
         if self.error is not None:
             return {"image": self.image, "error": self.error}
         top = [
@@ -86,7 +86,7 @@ class Predictions:
         return int(self.failed > 0)
 
     def to_json(self) -> dict[str, Any]:
-        """Return all predictions with their context."""
+        """Returns all predictions with their context."""
         return {
             **self.context,
             "images": len(self.predictions),
@@ -95,36 +95,35 @@ class Predictions:
         }
 
     def text(self) -> str:
-        """Return JSON Lines or CSV."""
+        """Returns JSON Lines or CSV."""
         if self.format == "jsonl":
             lines = (json.dumps(p.to_json(), ensure_ascii=False) for p in self.predictions)
-            return "".join(f"{line}\n" for line in lines)
+            return "".join(f"{_escaped(line)}\n" for line in lines)
         buffer = io.StringIO()
         csv.writer(buffer, lineterminator="\n").writerows(self._rows())
         return buffer.getvalue()
 
-    def show(self, console: Console) -> None:
-        """Print the predictions, or where they were written."""
-        number = len(self.predictions)
-        note = f"{number} image{'s' * (number != 1)}"
-        note += f", {self.failed} of them could not be read" if self.failed else ""
+    def tables(self) -> list[Table]:
+        """Returns a table with a row per image, if it is to be shown."""
+        if self.output is not None or self.format != "table":
+            return []
+        header, *rows = self._rows()
+        # The reason stands in place of the label.
+        rows = [row[:1] + ([f"({row[-1]})"] if row[-1] else row[1:2]) + row[2:-1] for row in rows]
+        return [_PathTable.of(self._summary(), [header[:-1], *rows])]
+
+    def lines(self) -> list[str]:
+        """Returns the model, where the predictions were written, or JSON Lines or CSV."""
         if self.output is not None:
-            console.print(f"{note}. Written to {self.output}", highlight=False, markup=False)
-        elif self.format == "table":
-            caption = ", ".join(f"{key} {value}" for key, value in self.context.items())
-            table = Table(title=note, title_justify="left")
-            header, *rows = self._rows()
-            table.add_column(header[0], overflow="fold")
-            for name in header[1:-1]:
-                table.add_column(name, justify="right" if "prob" in name else "left")
-            for *cells, error in rows:
-                if error:
-                    cells[1] = f"({error})"
-                table.add_row(*map(escape, cells))
-            console.print(table)
-            console.print(caption, style="dim", highlight=False, markup=False)
-        else:
-            console.file.write(self.text())
+            return [f"{self._summary()}. Written to {self.output}"]
+        if self.format == "table":
+            return [", ".join(f"{key} {value}" for key, value in self.context.items())]
+        return self.text().split("\n")[:-1]
+
+    def _summary(self) -> str:
+        number = len(self.predictions)
+        failed = f", {self.failed} of them could not be read" if self.failed else ""
+        return f"{number} image{'s' * (number != 1)}{failed}"
 
     def _rows(self) -> list[list[str]]:
         count = max((len(p.labels) for p in self.predictions), default=1) or 1
@@ -140,6 +139,25 @@ class Predictions:
         return rows
 
 
+def _escaped(line: str) -> str:
+    """Returns JSON with escapes for what could break the line or steer a terminal."""
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
+
+
+class _PathTable(Table):
+    """A table that folds long paths and left-aligns labels."""
+
+    def rich(self) -> rich.table.Table:
+        """Returns the table for the terminal."""
+        table = rich.table.Table(title=Text(self.title), title_justify="left")
+        table.add_column(self.header[0], overflow="fold")
+        for name in self.header[1:]:
+            table.add_column(name, justify="right" if "prob" in name else "left")
+        for row in self.rows:
+            table.add_row(*(Text(printable(cell)) for cell in row))
+        return table
+
+
 def predict(
     model: Path,
     images: list[Path],
@@ -151,7 +169,7 @@ def predict(
     device: str = "auto",
     force: bool = False,
 ) -> Predictions:
-    """Classify images with an exported model.
+    """Classifies images with an exported model.
 
     An unreadable image is reported in its row; the others are classified all the same, and the
     exit status is 1.
@@ -240,7 +258,7 @@ def _image_paths(given: list[Path]) -> Iterator[Path]:
 def classify(
     exported: Exported, paths: list[Path], top_k: int, batch_size: int, num_workers: int
 ) -> list[Prediction]:
-    """Return the most likely classes of images, in their order; show progress in a terminal.
+    """Returns the most likely classes of images, in their order; shows progress in a terminal.
 
     Args:
         exported: the model.
@@ -265,7 +283,7 @@ def classify(
 
 
 def _read(preprocess: Callable[[Image.Image], Tensor], path: Path) -> Tensor | str:
-    """Return an image's pixels, or why it is unreadable."""
+    """Returns an image's pixels, or why it is unreadable."""
     encoded = read_image(path, path.name)
     if isinstance(encoded, BadSample):
         return encoded.reason

@@ -58,11 +58,14 @@ class Table:
             caption_justify="left",
         )
         for i, name in enumerate(self.header):
+            cells = [row[i] for row in self.rows if row[i]]
             if i == 0:
                 table.add_column(Text(printable(name)), no_wrap=True)
-            else:  # a header may wrap, a number may not
-                width = max((len(row[i]) for row in self.rows), default=0)
+            elif all(cell[0].isdigit() or cell[0] in "+-<?" for cell in cells):
+                width = max(map(len, cells), default=0)  # a header may wrap, a number may not
                 table.add_column(Text(printable(name)), justify="right", min_width=width)
+            else:
+                table.add_column(Text(printable(name)))
         for row in self.rows:
             table.add_row(*(Text(printable(cell)) for cell in row))
         return table
@@ -105,8 +108,10 @@ class Table:
 class Result(Protocol):
     """What a command returns: tables and lines for a person, JSON for a program."""
 
-    exit_code: int
-    """Exit status of the command; 0 unless the result itself reports a problem."""
+    @property
+    def exit_code(self) -> int:
+        """Exit status of the command; 0 unless the result itself reports a problem."""
+        ...
 
     def tables(self) -> list[Table]:
         """Returns the tables, those of the report included."""
@@ -127,7 +132,7 @@ def show(result: Result, console: Console) -> None:
         if table.brief:
             console.print(table.rich())
     for line in result.lines():
-        console.print(printable(line), highlight=False, markup=False)
+        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def markdown_text(text: str) -> str:
