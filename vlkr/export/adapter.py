@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlkr.adapters import LoRA, load_adapter, save_adapter
-from vlkr.adapters.foreign import transformers_name
 from vlkr.adapters.inject import InjectedAdapter, injected_adapters
+from vlkr.adapters.targets import transformers_name
 from vlkr.errors import VlkrError
 from vlkr.export.formats import Classifier, Exported, ExportInput, Format, Manifest
 from vlkr.export.hf_clip import clip_mismatch
