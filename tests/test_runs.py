@@ -313,5 +313,5 @@ def test_folders_that_are_not_a_run(copy, harm, message):
 def test_adapter_of_a_different_base_is_refused(copy, tmp_path):
     other = write_clip(tmp_path / "other", seed=1)
     change_config(copy, lambda c: c.update(model=other))
-    with pytest.raises(VlkrError, match="was made for another base"):
+    with pytest.raises(VlkrError, match="was made for a different base"):
         RunFolder.open(copy).load_model()

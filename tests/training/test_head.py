@@ -15,7 +15,7 @@ from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
 from vlkr.evaluation.interpolation import interpolate
-from vlkr.models.vit import load_vit
+from vlkr.models.timm import load_vit
 from vlkr.runs import RunFolder
 
 

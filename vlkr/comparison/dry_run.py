@@ -10,9 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from vlkr.adapters import find_targets
-from vlkr.adapters.registry import adapter_class
-from vlkr.adapters.targets import bias_targets
+from vlkr.adapters import count_parameters
 from vlkr.comparison.plan import Cell, Plan
 from vlkr.datasets import DataConfig, Dataset
 from vlkr.errors import VlkrError
@@ -179,11 +177,7 @@ class _Sizes:
 
         def count() -> int:
             resolved = cell.config.resolved(model, cell.match_options).adapter
-            method = adapter_class(resolved.name)
-            targets = find_targets(model, **resolved.place())
-            targets = bias_targets(model, targets) if method.adapts_bias else targets
-            sizes = ((target.in_features, target.out_features) for target in targets)
-            return sum(method.num_parameters(*size, **resolved.options) for size in sizes)
+            return count_parameters(resolved.name, model, **resolved.place(), **resolved.options)
 
         number: int | None = self._once(key, adapter.name, count)
         if number is None or hasattr(model, "encode_text"):
