@@ -7,7 +7,7 @@ from typing import Any
 
 from vlkr.cli.options import Switch, typed
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 
 
 def adapt(
@@ -16,7 +16,7 @@ def adapt(
     model: str = "tiny",
     pretrained: str | None = None,
     adapter: AdapterConfig = AdapterConfig(),
-    data: DataOptions = DataOptions(),
+    data: DataConfig = DataConfig(),
     optimizer: OptimizerConfig = OptimizerConfig(),
     trainer: TrainerConfig = TrainerConfig(),
     seed: int = 1,

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from vlkr.cli.options import Switch
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
-from vlkr.datasets import DataOptions, load_dataset
+from vlkr.datasets import DataConfig, load_dataset
 from vlkr.files import check_free, write_json, write_text
 from vlkr.reporting.table import Table, caption, mean_std
 
@@ -131,7 +131,7 @@ def _run(output: Path, quick: bool, force: bool) -> DemoResult:
                 run = adapt(
                     output / "runs" / f"{method}-seed{seed}",
                     adapter=AdapterConfig(method, match={"lora": "kradapter"}.get(method)),
-                    data=DataOptions("digits", shots=16, crop_scale=(0.7, 1.0), flip=False),
+                    data=DataConfig("digits", shots=16, crop_scale=(0.7, 1.0), flip=False),
                     trainer=TrainerConfig(epochs=epochs, accelerator="cpu"),
                     seed=seed,
                     force=force,

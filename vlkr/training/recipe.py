@@ -14,7 +14,7 @@ import torch
 from vlkr.adapters import Projected, add_adapters, find_targets, project_model, save_adapter
 from vlkr.adapters.registry import adapter_class
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
-from vlkr.datasets import DataOptions, Dataset, FewShotDataModule
+from vlkr.datasets import DataConfig, Dataset, FewShotDataModule
 from vlkr.datasets.pipelines import evaluation_loader
 from vlkr.datasets.samples import View
 from vlkr.datasets.transforms import TrainTransform
@@ -92,7 +92,7 @@ def adapt(
     model: str = "tiny",
     pretrained: str | None = None,
     adapter: AdapterConfig = AdapterConfig(),
-    data: DataOptions = DataOptions(),
+    data: DataConfig = DataConfig(),
     optimizer: OptimizerConfig = OptimizerConfig(),
     trainer: TrainerConfig = TrainerConfig(),
     seed: int = 1,
