@@ -259,7 +259,11 @@ def _explain(error: CycloptsError) -> str:
             return f"unexpected argument {name!r}"
         return f"unknown option {name}{_nearest(name, known)}"
     if isinstance(error, ValidationError) and error.argument is not None:
+        from pydantic import ValidationError as OutOfRange
+
         from vlkr.validation import describe_error
+
+        assert isinstance(error.__cause__, OutOfRange)  # no other validator is in use
 
         return describe_error(error.__cause__, error.argument.name.lstrip("-"))
     text = re.sub(r'"?\[([\w.]+)\]"?', r"\1", str(error))
