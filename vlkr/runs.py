@@ -18,8 +18,8 @@ from vlkr.adapters import load_adapter, match_budget, save_adapter, set_adapter_
 from vlkr.adapters.inject import injected_adapters
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig, from_plain
 from vlkr.datasets import DataOptions, Dataset
+from vlkr.datasets.loading import to_tensor
 from vlkr.datasets.samples import View
-from vlkr.datasets.transforms import to_tensor
 from vlkr.errors import VlkrError
 from vlkr.files import (
     check_free,

@@ -27,8 +27,8 @@ from vlkr.adapters.hosts import adapter_layers
 from vlkr.comparison.plan import Cell
 from vlkr.comparison.results import CellFolder
 from vlkr.datasets import Dataset, FewShotDataModule
+from vlkr.datasets.loading import to_tensor
 from vlkr.datasets.samples import View
-from vlkr.datasets.transforms import to_tensor
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate_model
 from vlkr.evaluation.features import Features, image_features

@@ -10,9 +10,8 @@ import torch
 
 from vlkr.adapters import add_adapters, find_targets
 from vlkr.datasets import Dataset, FewShotDataModule
-from vlkr.datasets.pipelines import evaluation_loader
+from vlkr.datasets.loading import TrainTransform, evaluation_loader
 from vlkr.datasets.samples import View
-from vlkr.datasets.transforms import TrainTransform
 from vlkr.models.classifier import ClassHead
 from vlkr.models.clip import ClipBundle, encode_image, image_size
 from vlkr.runs import RunFolder, is_first_process
