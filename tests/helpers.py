@@ -143,12 +143,12 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 def small_run(output: Path, model: str, root: Path, **changes: object) -> None:
     """Adapts ``model`` to the images below ``root`` in a second, with few steps and shots."""
     from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
-    from vlkr.datasets import DataOptions
-    from vlkr.training.adapt import adapt
+    from vlkr.datasets import DataConfig
+    from vlkr.training.recipe import adapt
 
     options = {
         "adapter": AdapterConfig(),
-        "data": DataOptions(root=root, shots=4, batch_size=8, min_steps_per_epoch=3),
+        "data": DataConfig(root=root, shots=4, batch_size=8, min_steps_per_epoch=3),
         "optimizer": OptimizerConfig(lr=1e-2),
         "trainer": TrainerConfig(epochs=2, accelerator="cpu", progress=False),
     }

@@ -206,7 +206,7 @@ def test_method_options_keep_their_types(monkeypatch, capsys, tmp_path):
         given["adapter"] = adapter
         return Echo()
 
-    monkeypatch.setattr("vlkr.training.adapt.adapt", keep)
+    monkeypatch.setattr("vlkr.training.recipe.adapt", keep)
     config = tmp_path / "c.yaml"
     config.write_text("adapter:\n  options: {rank: 2, alpha: 2.0, use_rslora: true, x: [1, a]}\n")
     for words, expected in (

@@ -114,7 +114,7 @@ COMMANDS = [
     ("evaluate --model SMALL --device abacus", "device 'abacus' is not available"),
     ("evaluate --run /nowhere", "no run folder at /nowhere"),
     ("export --run /nowhere", "no run folder at /nowhere"),
-    ("export --run OTHER", "was made for another base"),
+    ("export --run OTHER", "was made for a different base"),
 ]
 
 

@@ -17,7 +17,7 @@ from sklearn.metrics import f1_score, recall_score
 
 from vlkr.adapters import adapter_state_dict
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import with_shifts
 from vlkr.runs import NEUTRAL, RunConfig, RunFolder, method_labels
@@ -119,7 +119,7 @@ def test_configuration_is_written_and_read_as_before(run, small, colors, tmp_pat
     config = RunConfig.read(tmp_path / "config.yaml")
     assert config == RunConfig(
         model=small,
-        data=DataOptions(root=colors, shots=4, batch_size=8, min_steps_per_epoch=3),
+        data=DataConfig(root=colors, shots=4, batch_size=8, min_steps_per_epoch=3),
         optimizer=OptimizerConfig(lr=0.01),
         trainer=TrainerConfig(epochs=2, accelerator="cpu", progress=False),
     )
@@ -229,11 +229,11 @@ def test_validation_images_are_those_of_the_split_file(run):
 
 
 def test_changes_name_what_a_run_depends_on():
-    config = RunConfig(data=DataOptions(name="digits"))
+    config = RunConfig(data=DataConfig(name="digits"))
     other = replace(
         config,
         adapter=AdapterConfig("lora", options={"rank": 8}),
-        data=DataOptions(name="digits", num_workers=3, memory_gb=1, max_bad=2, shots=4),
+        data=DataConfig(name="digits", num_workers=3, memory_gb=1, max_bad=2, shots=4),
         trainer=TrainerConfig(accelerator="cpu", progress=False),
     )
     assert config.changes(other) == {
@@ -313,5 +313,5 @@ def test_folders_that_are_not_a_run(copy, harm, message):
 def test_adapter_of_a_different_base_is_refused(copy, tmp_path):
     other = write_clip(tmp_path / "other", seed=1)
     change_config(copy, lambda c: c.update(model=other))
-    with pytest.raises(VlkrError, match="was made for another base"):
+    with pytest.raises(VlkrError, match="was made for a different base"):
         RunFolder.open(copy).load_model()

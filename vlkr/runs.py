@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -16,10 +14,9 @@ from torch import nn
 
 from vlkr.adapters import load_adapter, match_budget, save_adapter, set_adapter_scale
 from vlkr.adapters.inject import injected_adapters
-from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig, from_plain
-from vlkr.datasets import DataOptions, Dataset
-from vlkr.datasets.loading import to_tensor
-from vlkr.datasets.samples import View
+from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
+from vlkr.datasets import DataConfig, Dataset
+from vlkr.datasets.splits import validation_source
 from vlkr.errors import VlkrError
 from vlkr.files import (
     check_free,
@@ -35,6 +32,8 @@ from vlkr.files import (
 from vlkr.models.classifier import ClassHead
 from vlkr.models.clip import ClipBundle
 from vlkr.models.loading import load_model
+from vlkr.runtime import is_first_process
+from vlkr.validation import from_plain
 
 CHECKPOINT = Path("checkpoints", "last.ckpt")
 # Options that change how a run is computed and not what it learns.
@@ -73,7 +72,7 @@ class RunConfig:
     model: str = "tiny"
     pretrained: str | None = None
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    data: DataOptions = field(default_factory=DataOptions)
+    data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: int = 1
@@ -114,7 +113,7 @@ class RunConfig:
         return cls(
             **names,
             adapter=from_plain(AdapterConfig, content.get("adapter", {}), "adapter"),
-            data=from_plain(DataOptions, content.get("data", {}), "data"),
+            data=from_plain(DataConfig, content.get("data", {}), "data"),
             optimizer=from_plain(OptimizerConfig, content.get("optimizer", {}), "optimizer"),
             trainer=from_plain(TrainerConfig, content.get("trainer", {}), "trainer"),
             seed=seed,
@@ -395,23 +394,10 @@ def method_labels(runs: Sequence[RunFolder]) -> dict[Path, str]:
     return labels
 
 
-def validation_set(data: DataOptions, seed: int) -> Dataset | None:
+def validation_set(data: DataConfig, seed: int) -> Dataset | None:
     """Returns the images that a run with these options validates with, as the split ``"val"``."""
-    from vlkr.datasets import FewShotDataModule  # imports Lightning, which takes seconds
-
     dataset = data.load()
-    # Only which images were drawn matters here, so the transforms are never called.
-    module = FewShotDataModule(dataset, data, seed, to_tensor, to_tensor)
-    source = module.val_source
-    if source is None and module.val_images:
-        has_own = "val" in dataset.splits and module.pool is dataset.source("train")
-        pool = dataset.source("val") if has_own else module.pool
-        source = View(pool, times=Counter(module.val_images.keys))
+    source = validation_source(dataset, data, seed)
     if source is None:
         return None
     return replace(dataset, splits={"val": source}, sizes={}, domains=())
-
-
-def is_first_process() -> bool:
-    """Whether this process is the first of those that compute side by side."""
-    return all(os.environ.get(k, "0") == "0" for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))

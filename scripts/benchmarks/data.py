@@ -37,7 +37,7 @@ from vlkr.datasets import Sample, load_dataset
 from vlkr.datasets.epochs import TrainLoader
 from vlkr.datasets.images import decode_image
 from vlkr.datasets.loading import BadSamples, TrainTransform, evaluation_loader, to_tensor
-from vlkr.datasets.pack import pack
+from vlkr.datasets.packing import pack
 from vlkr.datasets.streaming import EpochPlan, StreamedBatches
 
 SIZE, BUFFER = 224, 256

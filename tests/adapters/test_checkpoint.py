@@ -122,7 +122,7 @@ def test_one_of_two_adapters_is_saved_by_name(saved, disturb, tmp_path):
 
 def test_saving_within_a_merged_block_is_refused(saved, tmp_path):
     model, _, _ = saved
-    with merged(model), pytest.raises(VlkrError, match="merged for now"):
+    with merged(model), pytest.raises(VlkrError, match="cannot save merged"):
         save_adapter(model, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
@@ -147,14 +147,14 @@ def test_another_base_is_refused_unless_allowed(saved):
     _, base, folder = saved
     with torch.no_grad():
         base[0].attn.out_proj.weight[0, 0] += 1e-3
-    assert_refused(base, folder, str(folder), "another base", "a block", weights_hash(base)[:12])
+    assert_refused(base, folder, str(folder), "different base", "a block", weights_hash(base)[:12])
     load_adapter(base, folder, check_base=False)
 
 
 def test_merged_model_is_another_base(saved):
     model, _, folder = saved
     merge_and_unload(model)
-    assert_refused(model, folder, "another base")
+    assert_refused(model, folder, "different base")
 
 
 def test_a_name_in_use_is_refused(saved):
@@ -235,7 +235,7 @@ CONFIG_EDITS = {
     "a dot in the slot": (module(name="a.b"), "a.b"),
     "an empty slot": (module(name=""), "0.attn"),
     "another base": (lambda c: c.update(base_model_sha256="0" * 64), "0" * 12),
-    "base hash of another type": (lambda c: c.update(base_model_sha256=7), "another base"),
+    "base hash of another type": (lambda c: c.update(base_model_sha256=7), "different base"),
 }
 
 

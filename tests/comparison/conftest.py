@@ -2,7 +2,7 @@ import pytest
 from helpers import COLORS, color_image, write_clip, write_images
 
 from vlkr.config import OptimizerConfig, TrainerConfig
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def options(small, colors):
     """A grid whose cells take a moment: few steps of a small model."""
     return {
         "model": small,
-        "data": DataOptions(root=colors, shots=2, batch_size=8, min_steps_per_epoch=2),
+        "data": DataConfig(root=colors, shots=2, batch_size=8, min_steps_per_epoch=2),
         "optimizer": OptimizerConfig(lr=1e-2),
         "trainer": TrainerConfig(epochs=1, accelerator="cpu", progress=False),
         "seeds": [1, 2],

@@ -15,11 +15,11 @@ from vlkr.comparison.methods import base_context
 from vlkr.comparison.options import GridConfig, MethodConfig
 from vlkr.comparison.results import read_results
 from vlkr.config import AdapterConfig
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate
 from vlkr.files import read_json, write_json
-from vlkr.training.adapt import adapt
+from vlkr.training.recipe import adapt
 
 METHODS = [
     "zero-shot",
@@ -260,10 +260,10 @@ def test_several_datasets_have_their_mean(options, colors, tmp_path):
         ({"jobs": 0, "force": True}, "jobs 0 computes nothing"),
         ({"steps_per_shot": 0}, "steps_per_shot 0 is too small"),
         ({"launcher": "sbatch"}, "lacks {command}"),
-        ({"data": DataOptions("digits", fraction=0.5)}, "data.fraction 0.5 does not go with"),
-        ({"data": DataOptions("digits", split_file="x")}, "data.split_file x does not go with"),
-        ({"data": DataOptions()}, "no dataset"),
-        ({"data": DataOptions("nowhere")}, "no dataset 'nowhere'"),
+        ({"data": DataConfig("digits", fraction=0.5)}, "data.fraction 0.5 does not go with"),
+        ({"data": DataConfig("digits", split_file="x")}, "data.split_file x does not go with"),
+        ({"data": DataConfig()}, "no dataset"),
+        ({"data": DataConfig("nowhere")}, "no dataset 'nowhere'"),
         ({"shifts": ["nowhere"]}, "no dataset 'nowhere'"),
         ({"model": "timm:vit_tiny_patch16_224"}, "has no text for zero-shot"),
     ],

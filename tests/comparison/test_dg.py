@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from vlkr.comparison.dg import RULES, dg_plan
 from vlkr.comparison.options import GridConfig, MethodConfig
 from vlkr.comparison.results import read_results
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
 from vlkr.files import write_json
 
@@ -130,12 +130,12 @@ def test_every_table_of_accuracies_names_the_rule(report):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": DataOptions()}, "no dataset"),
+        ({"data": DataConfig()}, "no dataset"),
         ({"selection": "leave-one-domain-out"}, r"has 2 domains, expected 3 or more"),
     ],
 )
 def test_refuses(grid, domains, tmp_path, changes, message):
-    data = DataOptions(root=domains, domains=["one", "two"])
+    data = DataConfig(root=domains, domains=["one", "two"])
     with pytest.raises(VlkrError, match=message):
         dg(tmp_path / "out", **(grid | {"data": data} | changes))
     assert not (tmp_path / "out").exists()

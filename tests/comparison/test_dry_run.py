@@ -7,7 +7,7 @@ from helpers import tree
 from rich.console import Console
 from safetensors.torch import save_file
 
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
 from vlkr.reporting.table import show
 
@@ -86,7 +86,7 @@ def test_needs_neither_data_nor_weights(tmp_path, monkeypatch):
     assert not tree(tmp_path)
     missing = compare(
         model="local-dir:nowhere",
-        data=DataOptions("digits"),
+        data=DataConfig("digits"),
         methods=["kradapter"],
         dry_run=True,
     )
@@ -99,15 +99,15 @@ KR_512_2048 = 512 * 22 + 512 * 94  # isqrt(512) = 22, ceil(2048 / 22) = 94
 
 def test_other_grids(options, tmp_path, capsys):
     with pytest.raises(VlkrError, match="tree is not at hand; --data"):
-        dg(data=DataOptions(root=tmp_path / "tree"), dry_run=True)
+        dg(data=DataConfig(root=tmp_path / "tree"), dry_run=True)
     planned = dg(
-        data=DataOptions(root=tmp_path / "tree", domains=["a", "b", "c"]),
+        data=DataConfig(root=tmp_path / "tree", domains=["a", "b", "c"]),
         methods=["kradapter"],
         dry_run=True,
     )
     assert planned.cells == 3 * 3
     found = transfer(
-        data=DataOptions("digits"), datasets=["nowhere"], methods=["lora"], dry_run=True
+        data=DataConfig("digits"), datasets=["nowhere"], methods=["lora"], dry_run=True
     )
     show(found, Console(width=200))
     text = capsys.readouterr().out

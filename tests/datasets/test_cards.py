@@ -5,7 +5,7 @@ import pytest
 import yaml
 from helpers import ROOT, color_image, write_tar
 
-from vlkr.datasets import DataOptions, cards, load_dataset
+from vlkr.datasets import DataConfig, cards, load_dataset
 from vlkr.datasets.cards import FROM_DATA, SUITES, card_names, load_card
 from vlkr.datasets.prompts import check_templates, resolve_list
 from vlkr.errors import VlkrError
@@ -88,7 +88,7 @@ def test_cards_with_their_data(tmp_path):
         assert dataset.templates == resolve_list(templates)
         assert dataset.template_set == f"{default} ({len(dataset.templates)})"
         assert len(list(dataset.source("test"))) == number
-        assert DataOptions(name=name, root=root).load() == dataset
+        assert DataConfig(name=name, root=root).load() == dataset
 
 
 def test_cards_without_their_data(monkeypatch):

@@ -10,11 +10,11 @@ from helpers import COLORS, color_image, write_images, write_shards
 from open_clip.transform import image_transform
 from torchvision.transforms import v2
 
-from vlkr.datasets import DataOptions, FewShotDataModule
+from vlkr.datasets import DataConfig, FewShotDataModule
 from vlkr.datasets.epochs import MemoryBatches
-from vlkr.datasets.few_shot import few_shot_split
 from vlkr.datasets.images import decode_image
 from vlkr.datasets.loading import TrainTransform
+from vlkr.datasets.splits import few_shot_split
 from vlkr.datasets.streaming import StreamedBatches
 from vlkr.errors import VlkrError
 from vlkr.training.trainer import quiet_lightning
@@ -45,7 +45,7 @@ def domains(tmp_path):
 
 
 def test_images_are_those_of_the_split(tmp_path):
-    options = DataOptions(root=write_images(tmp_path / "d", per_class=20), shots=3, batch_size=4)
+    options = DataConfig(root=write_images(tmp_path / "d", per_class=20), shots=3, batch_size=4)
     dataset = options.load()
     data = make(options)
     split = few_shot_split(dataset.source("train"), dataset.class_names, 3, seed=1)
@@ -57,7 +57,7 @@ def test_images_are_those_of_the_split(tmp_path):
 
 def test_own_validation_split_is_used_whole(tmp_path):
     root = write_images(tmp_path / "d", per_class=5, splits=("train", "val", "test"))
-    data = make(DataOptions(root=root, shots=2))
+    data = make(DataConfig(root=root, shots=2))
     (batch,) = data.val_dataloader()
     assert len(batch.keys) == 15
     assert torch.equal(batch.labels, torch.arange(3).repeat_interleave(5))
@@ -67,7 +67,7 @@ def test_own_validation_split_is_used_whole(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_do_not_depend_on_workers(tmp_path, workers, memory_gb):
     root = write_images(tmp_path / "d", per_class=12)
-    options = DataOptions(
+    options = DataConfig(
         root=root, shots=2, batch_size=4, min_steps_per_epoch=3, memory_gb=memory_gb
     )
     expected = list(make(options).train_dataloader())
@@ -79,9 +79,9 @@ def test_batches_do_not_depend_on_workers(tmp_path, workers, memory_gb):
 
 def test_no_validation_when_every_class_is_short(tmp_path):
     root = write_images(tmp_path / "d", per_class=2, splits=("train", "test"))
-    data = make(DataOptions(root=root, shots=2))
+    data = make(DataConfig(root=root, shots=2))
     assert data.val_dataloader() == []
-    assert make(DataOptions(root=root, shots=2, memory_gb=0)).val_dataloader() == []
+    assert make(DataConfig(root=root, shots=2, memory_gb=0)).val_dataloader() == []
 
 
 # What does not fit is streamed
@@ -90,7 +90,7 @@ def test_no_validation_when_every_class_is_short(tmp_path):
 @pytest.mark.parametrize("write", [write_images, write_shards])
 def test_a_stream_has_the_samples_of_memory(tmp_path, write):
     root = write(tmp_path / "d", per_class=24)
-    options = DataOptions(root=root, shots=8, batch_size=5, min_steps_per_epoch=1)
+    options = DataConfig(root=root, shots=8, batch_size=5, min_steps_per_epoch=1)
     few, streamed = make(options), make(replace(options, memory_gb=0))
     assert isinstance(few.train_dataloader().dataset, MemoryBatches)
     loader = streamed.train_dataloader()
@@ -103,7 +103,7 @@ def test_a_stream_has_the_samples_of_memory(tmp_path, write):
 
 def test_images_that_fit_encoded_only_are_decoded_at_use(tmp_path):
     root = write_images(tmp_path / "d", per_class=24)
-    options = DataOptions(root=root, shots=8, batch_size=5)
+    options = DataConfig(root=root, shots=8, batch_size=5)
     whole = make(options)
     encoded = sum(
         len(s.image)
@@ -123,7 +123,7 @@ def test_short_classes_are_repeated_in_a_stream(tmp_path):
     root = write_images(tmp_path / "d", per_class=6, splits=("train", "test"))
     for i in range(2, 6):
         (root / "train" / "red" / f"{i}.png").unlink()
-    options = DataOptions(
+    options = DataConfig(
         root=root, shots=4, batch_size=4, min_steps_per_epoch=1, memory_gb=0, shuffle_buffer=4
     )
     with pytest.warns(UserWarning, match="'red' has 2 images to train on, repeated to 4 shots"):
@@ -135,7 +135,7 @@ def test_short_classes_are_repeated_in_a_stream(tmp_path):
 
 def test_a_large_validation_split_is_streamed(tmp_path):
     root = write_images(tmp_path / "d", per_class=5, splits=("train", "val", "test"))
-    data = make(DataOptions(root=root, shots=2, memory_gb=0))
+    data = make(DataConfig(root=root, shots=2, memory_gb=0))
     assert data.val_images is None
     assert sorted(keys_of(data.val_dataloader())) == sorted(
         s.key for s in data.dataset.source("val")
@@ -143,7 +143,7 @@ def test_a_large_validation_split_is_streamed(tmp_path):
 
 
 def test_all_of_a_dataset_by_fraction(tmp_path):
-    options = DataOptions(root=write_images(tmp_path / "d"), fraction=1.0, memory_gb=0)
+    options = DataConfig(root=write_images(tmp_path / "d"), fraction=1.0, memory_gb=0)
     data = make(options)
     train = sorted(s.key for s in data.dataset.source("train"))
     assert sorted(data.train_keys) == train
@@ -154,29 +154,29 @@ def test_all_of_a_dataset_by_fraction(tmp_path):
 
 
 def test_domains_and_halves_of_classes(domains):
-    data = make(DataOptions(root=domains, shots=2, domains=["photo"]))
+    data = make(DataConfig(root=domains, shots=2, domains=["photo"]))
     assert {key.split("/")[0] for key in data.train_images.keys} == {"photo"}
     assert {s.domain for s in data.dataset.source("test")} == {"photo"}
     with pytest.raises(VlkrError, match="has no domain 'sketch'; it has art, photo"):
-        DataOptions(root=domains, domains=["sketch"]).load()
-    base = make(DataOptions(root=domains, shots=2, classes="base"))
+        DataConfig(root=domains, domains=["sketch"]).load()
+    base = make(DataConfig(root=domains, shots=2, classes="base"))
     assert base.dataset.class_names == ("blue", "green")
     assert {s.label for s in base.dataset.source("test")} == {0, 1}
 
 
 def test_shots_of_each_domain_and_held_out_fractions(domains):
-    data = make(DataOptions(root=domains, shots=2, per_domain=True))
+    data = make(DataConfig(root=domains, shots=2, per_domain=True))
     cells = Counter((s.label, s.domain) for s in data.split.train)
     assert set(cells.values()) == {2}
     assert len(cells) == 6
-    data = make(DataOptions(root=domains, fraction=1.0, val_fraction=0.2))
+    data = make(DataConfig(root=domains, fraction=1.0, val_fraction=0.2))
     train = Counter((s.label, s.domain) for s in data.dataset.source("train"))
     held_out = Counter((s.label, s.domain) for s in data.split.val)
     assert held_out == {cell: round(0.2 * number) for cell, number in train.items()}
 
 
 def test_a_saved_split_is_given_back(tmp_path, domains):
-    options = DataOptions(root=domains, shots=3, batch_size=4)
+    options = DataConfig(root=domains, shots=3, batch_size=4)
     data = make(options, seed=7)
     data.save_split(tmp_path / "split.jsonl")
     header = json.loads((tmp_path / "split.jsonl").read_text().splitlines()[0])
@@ -200,7 +200,7 @@ def test_a_split_file_may_validate_with_the_own_split(tmp_path):
         for part in ("train", "val")
     }
     (tmp_path / "split_zhou_d.json").write_text(json.dumps(coop))
-    options = DataOptions(root=root, split_file=str(tmp_path / "split_zhou_d.json"))
+    options = DataConfig(root=root, split_file=str(tmp_path / "split_zhou_d.json"))
     for memory_gb in (1.0, 0.0):
         data = make(replace(options, memory_gb=memory_gb))
         assert set(keys_of(data.train_dataloader())) == {entry[0] for entry in coop["train"]}
@@ -209,7 +209,7 @@ def test_a_split_file_may_validate_with_the_own_split(tmp_path):
 
 def test_test_images_cannot_be_trained_on(tmp_path):
     root = write_images(tmp_path / "d", per_class=12)
-    options = DataOptions(root=root)
+    options = DataConfig(root=root)
     key = next(iter(options.load().source("test"))).key
     (tmp_path / "s.json").write_text(json.dumps({"train": [[key, 0, ""]]}))
     with pytest.raises(VlkrError, match=f"are not in the dataset's train or val.* such as '{key}'"):
@@ -223,7 +223,7 @@ def test_test_images_cannot_be_trained_on(tmp_path):
 def test_bad_images_are_skipped_and_counted(tmp_path, memory_gb):
     root = write_images(tmp_path / "d", per_class=6, splits=("train", "test"))
     (root / "train" / "red" / "3.png").write_bytes(b"no image")
-    options = DataOptions(
+    options = DataConfig(
         root=root, fraction=1.0, batch_size=9, min_steps_per_epoch=1, memory_gb=memory_gb
     )
     with pytest.raises(VlkrError, match=r"sample 'red/3\.png' is not an image"):
@@ -256,7 +256,7 @@ def test_images_are_normalised_on_the_models_device(tmp_path):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters())
 
-    options = DataOptions(root=write_images(tmp_path / "d"), shots=2, batch_size=6)
+    options = DataConfig(root=write_images(tmp_path / "d"), shots=2, batch_size=6)
     eval_transform = image_transform(8, is_train=False)
     data = FewShotDataModule(options.load(), options, 1, AUGMENT, eval_transform)
     (plain, *_) = data.train_dataloader()
@@ -282,7 +282,7 @@ def test_images_are_normalised_on_the_models_device(tmp_path):
 @pytest.mark.parametrize("memory_gb", [1.0, 0.0])
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_images(tmp_path, processes, memory_gb):
-    options = DataOptions(
+    options = DataConfig(
         root=write_images(tmp_path / "d", per_class=20),
         shots=5,
         batch_size=4,
@@ -310,12 +310,12 @@ def test_processes_share_the_images(tmp_path, processes, memory_gb):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_bad": -1}, "data.max_bad -1 is too small, expected at least 0"),
-        ({"memory_gb": -1.0}, "data.memory_gb -1.0 is too small"),
-        ({"shuffle_buffer": 0}, "data.shuffle_buffer 0 is too small, expected at least 1"),
+        ({"max_bad": -1}, "data.max_bad is -1: it should be greater than or equal to 0"),
+        ({"memory_gb": -1.0}, "data.memory_gb is -1.0: it should be greater"),
+        ({"shuffle_buffer": 0}, "data.shuffle_buffer is 0: it should be greater"),
         ({"split_file": "nowhere.jsonl"}, r"cannot read nowhere\.jsonl"),
     ],
 )
 def test_options_out_of_range(tmp_path, options, message):
     with pytest.raises(VlkrError, match=message):
-        DataOptions(root=write_images(tmp_path / "d"), **options).load()
+        DataConfig(root=write_images(tmp_path / "d"), **options).load()

@@ -7,9 +7,9 @@ from PIL import Image
 
 from vlkr.cli import main
 from vlkr.datasets.cards import card_names, load_card
-from vlkr.datasets.info import info
-from vlkr.datasets.listing import list_cards
-from vlkr.datasets.pack import pack
+from vlkr.datasets.catalog import list_cards
+from vlkr.datasets.inspect import info
+from vlkr.datasets.packing import pack
 from vlkr.errors import VlkrError
 
 
@@ -48,8 +48,9 @@ def test_counts_by_class_and_domain(domains, workers):
     assert total(splits, "formats", "png") == 18
     files = [path for path in domains.rglob("*") if path.is_file()]
     assert total(splits, "bytes") == sum(path.stat().st_size for path in files)
-    assert sum(i.of_domain("art") for i in result.splits.values()) == 9
-    assert sum(i.of_class(0) for i in result.splits.values()) == 8
+    by_class, by_domain = result.tables()
+    assert sum(map(int, {r[0]: r[1:] for r in by_domain.rows}["art"])) == 9
+    assert sum(map(int, by_class.rows[0][1:])) == 8
 
 
 def test_pixels_are_least_median_and_largest(tmp_path):
@@ -93,7 +94,7 @@ def test_contact_sheet_survives_a_bad_image(domains, tmp_path):
 
 
 def test_output_must_be_a_png(domains, tmp_path):
-    with pytest.raises(VlkrError, match=r"sheet\.jpg is no PNG"):
+    with pytest.raises(VlkrError, match=r"sheet\.jpg must end in .png"):
         info(str(domains), output=tmp_path / "sheet.jpg")
 
 

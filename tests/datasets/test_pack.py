@@ -16,10 +16,10 @@ from helpers import COLORS, REAL, color_image, tree, write_images, write_shards
 from PIL import Image
 
 from vlkr.cli import main
-from vlkr.datasets import DataOptions, Dataset, few_shot_split, load_dataset
-from vlkr.datasets import pack as pack_module
+from vlkr.datasets import DataConfig, Dataset, few_shot_split, load_dataset
+from vlkr.datasets import packing as pack_module
 from vlkr.datasets.images import shrink
-from vlkr.datasets.pack import pack
+from vlkr.datasets.packing import pack
 from vlkr.datasets.samples import Sample
 from vlkr.datasets.shards import tar_fields
 from vlkr.errors import VlkrError
@@ -66,7 +66,7 @@ def test_samples_stay_what_they_were(tmp_path, write):
 def test_few_shot_splits_stay_the_same(tmp_path):
     root = write_tree(tmp_path / "source", per_class=12)
     pack(str(root), tmp_path / "dest", samples_per_shard=7)
-    before, after = (DataOptions(root=path).load() for path in (root, tmp_path / "dest"))
+    before, after = (DataConfig(root=path).load() for path in (root, tmp_path / "dest"))
     for seed in (1, 2):
         splits = [
             few_shot_split(d.source("train"), d.class_names, 4, seed) for d in (before, after)

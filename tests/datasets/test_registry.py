@@ -7,9 +7,9 @@ import pytest
 import yaml
 from helpers import COLORS, ROOT, color_image, write_images, write_shards
 
-from vlkr.datasets import BadSample, DataOptions, load_dataset
+from vlkr.datasets import BadSample, DataConfig, load_dataset
 from vlkr.datasets.cards import load_card
-from vlkr.datasets.few_shot import few_shot_split
+from vlkr.datasets.splits import few_shot_split
 from vlkr.errors import VlkrError
 
 
@@ -104,8 +104,8 @@ def test_too_few_classes_or_splits(tmp_path):
 def test_a_folder_named_as_a_card_is_the_folder_when_given_as_root(tmp_path, monkeypatch):
     write_images(tmp_path / "digits", per_class=4)
     monkeypatch.chdir(tmp_path)
-    assert DataOptions(root=Path("digits")).load().class_names == ("blue", "green", "red")
-    assert len(DataOptions(name="digits").load().class_names) == 10
+    assert DataConfig(root=Path("digits")).load().class_names == ("blue", "green", "red")
+    assert len(DataConfig(name="digits").load().class_names) == 10
 
 
 @pytest.mark.parametrize(
@@ -119,13 +119,13 @@ def test_a_folder_named_as_a_card_is_the_folder_when_given_as_root(tmp_path, mon
         ),
         (
             {"name": "https://host/x", "root": ROOT},
-            "data.name https://host/x is no card, as it must be",
+            "data.name https://host/x is not a card, as it must be",
         ),
         ({"name": str(ROOT)}, "is a folder; give it as --data.root"),
-        ({"name": "digits", "shots": 0}, "data.shots 0 is too small"),
-        ({"name": "digits", "batch_size": 0}, "data.batch_size 0 is too small"),
-        ({"name": "digits", "min_steps_per_epoch": 0}, "min_steps_per_epoch 0 is too small"),
-        ({"name": "digits", "num_workers": -1}, "data.num_workers -1 is too small"),
+        ({"name": "digits", "shots": 0}, "data.shots is 0: it should be greater"),
+        ({"name": "digits", "batch_size": 0}, "data.batch_size is 0: it should be greater"),
+        ({"name": "digits", "min_steps_per_epoch": 0}, "min_steps_per_epoch is 0: it should be"),
+        ({"name": "digits", "num_workers": -1}, "data.num_workers is -1: it should be greater"),
         ({"name": "digits", "templates": []}, "list of templates is empty"),
         ({"name": "digits", "crop_scale": (0.0, 1.0)}, "crop_scale 0.0, 1.0 is out of range"),
         ({"name": "digits", "crop_scale": (0.9, 0.5)}, "crop_scale 0.9, 0.5 is out of range"),
@@ -135,7 +135,7 @@ def test_a_folder_named_as_a_card_is_the_folder_when_given_as_root(tmp_path, mon
 )
 def test_options_that_cannot_be(options, message):
     with pytest.raises(VlkrError, match=message):
-        DataOptions(**options).load()
+        DataConfig(**options).load()
 
 
 EUROSAT = (

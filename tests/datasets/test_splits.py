@@ -1,210 +1,245 @@
-import json
-import pickle
+import random
+import tracemalloc
+import warnings
+from itertools import pairwise
 
 import pytest
-from helpers import color_image, write_images
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vlkr.datasets import FewShotSplit, Sample, few_shot_split, load_dataset
-from vlkr.datasets.samples import BadSample
-from vlkr.datasets.splits import read_split, take_split, write_split
+from vlkr.datasets import Sample, few_shot_split
 from vlkr.errors import VlkrError
 
 NAMES = ("red", "green", "blue")
-SAMPLES = [
-    Sample(f"{NAMES[label]}/{i}.jpg", b"image", label, "d" if i % 2 else None)
-    for label in range(3)
-    for i in range(6)
-]
+SAMPLES = [Sample(f"{label}-{i}", b"", label) for label in range(3) for i in range(40)]
 
 
-def write(path, value):
-    path.write_text(value if isinstance(value, str) else json.dumps(value))
-    return path
+def keys(samples):
+    return [sample.key for sample in samples]
 
 
-def test_a_split_comes_back_as_it_was(tmp_path):
-    split = few_shot_split(SAMPLES, NAMES, 2, seed=1)
-    path = tmp_path / "split.jsonl"
-    write_split(path, split, NAMES, {"dataset": "d", "seed": 1, "shots": 2})
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    header = {"format": "vlkr split 1", "dataset": "d", "seed": 1, "shots": 2}
-    assert lines[0] == {**header, "class_names": list(NAMES)}
-    assert [line["key"] for line in lines[1:]] == [s.key for s in split.train + split.val]
-    assert {line["part"] for line in lines[1:]} == {"train", "val"}
-    assert [line.get("domain") for line in lines[1:]] == [s.domain for s in split.train + split.val]
-    assert take_split(reversed(SAMPLES), read_split(path), NAMES) == split
+@pytest.mark.parametrize("shots", [1, 2, 4, 16])
+def test_as_many_of_each_class_as_asked(shots):
+    split = few_shot_split(SAMPLES, NAMES, shots, seed=1)
+    assert [s.label for s in split.train] == [label for label in range(3) for _ in range(shots)]
+    val = min(shots, 4)
+    assert [s.label for s in split.val] == [label for label in range(3) for _ in range(val)]
+    assert len({*keys(split.train), *keys(split.val)}) == 3 * (shots + val)
 
 
-def test_repeated_samples_stay_repeated(tmp_path):
-    split = FewShotSplit([SAMPLES[0], SAMPLES[0], SAMPLES[6]], [])
-    path = tmp_path / "split.jsonl"
-    write_split(path, split, NAMES, {})
-    assert take_split(SAMPLES, read_split(path), NAMES) == split
+@pytest.mark.parametrize("order", range(5))
+def test_reading_order_does_not_matter(order):
+    shuffled = random.Random(order).sample(SAMPLES, len(SAMPLES))
+    assert few_shot_split(shuffled, NAMES, 4, 1) == few_shot_split(SAMPLES, NAMES, 4, 1)
 
 
-def test_images_beyond_the_bound_are_let_go(tmp_path):
-    split = few_shot_split(SAMPLES, NAMES, 2, seed=1)
-    write_split(tmp_path / "s.jsonl", split, NAMES, {})
-    file = read_split(tmp_path / "s.jsonl")
-    bare = take_split(SAMPLES, file, NAMES, max_bytes=20)
-    assert [s.key for s in bare.train] == [s.key for s in split.train]
-    assert not any(s.image for s in bare.train + bare.val)
-    order = [s.key for s in SAMPLES]
-    assert bare.positions == {s.key: order.index(s.key) for s in split.train + split.val}
+def test_a_generator_is_read_once():
+    assert few_shot_split(iter(SAMPLES), NAMES, 4, 1) == few_shot_split(SAMPLES, NAMES, 4, 1)
 
 
-COOP = {
-    "train": [["red/0.jpg", 0, "red"], ["blue/2.jpg", 2, "blue"]],
-    "val": [["green/1.jpg", 1, "green"]],
-    "test": [["green/3.jpg", 1, "green"]],
-}
+def test_fewer_shots_are_part_of_more():
+    splits = [few_shot_split(SAMPLES, NAMES, shots, seed=1) for shots in (1, 2, 4, 8, 16)]
+    for fewer, more in pairwise(splits):
+        assert set(keys(fewer.train)) < set(keys(more.train))
 
 
-def test_coops_split_is_read(tmp_path):
-    file = read_split(write(tmp_path / "split_zhou_Colors.json", COOP))
-    split = take_split(SAMPLES, file, NAMES)
-    assert [s.key for s in split.train] == ["red/0.jpg", "blue/2.jpg"]
-    assert [s.key for s in split.val] == ["green/1.jpg"]
+def test_seeds_choose_differently():
+    chosen = [frozenset(keys(few_shot_split(SAMPLES, NAMES, 4, seed).train)) for seed in range(10)]
+    assert len(set(chosen)) == 10
+    # 4 of 40 a class: each key is expected in one of ten seeds.
+    assert len(frozenset.union(*chosen)) > 60
 
 
-@pytest.mark.parametrize("prefix", [("images/", ""), ("", "images/")])
-def test_the_end_of_a_path_is_enough(tmp_path, prefix):
-    theirs, ours = prefix
-    value = {"train": [{"impath": f"{theirs}{p}", "label": n} for p, n, _ in COOP["train"]]}
-    samples = [Sample(ours + s.key, s.image, s.label) for s in SAMPLES]
-    split = take_split(samples, read_split(write(tmp_path / "few.json", value)), NAMES)
-    assert [s.key for s in split.train] == [f"{ours}red/0.jpg", f"{ours}blue/2.jpg"]
+def test_a_class_does_not_depend_on_the_others():
+    whole = few_shot_split(SAMPLES, NAMES, 4, 1)
+    red = few_shot_split(SAMPLES[:40], NAMES[:1], 4, 1)
+    assert keys(red.train) == [k for k in keys(whole.train) if k.startswith("0-")]
+
+
+def test_exactly_enough_samples_leave_none_to_validate_with():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        split = few_shot_split(SAMPLES[:4], NAMES[:1], 4, 1)
+    assert len(set(keys(split.train))) == 4
     assert split.val == []
 
 
-def test_other_numbers_of_the_classes_are_taken_if_they_fit(tmp_path):
-    train = [["red/0.jpg", 7, "red"], ["red/1.jpg", 7, "red"], ["blue/2.jpg", 0, "blue"]]
-    file = read_split(write(tmp_path / "few.json", {"train": train}))
-    assert [s.label for s in take_split(SAMPLES, file, NAMES).train] == [0, 0, 2]
-    for label in (0, 8):
-        train[1][1] = label
-        file = read_split(write(tmp_path / "few.json", {"train": train}))
-        with pytest.raises(VlkrError, match=r"has label \d in split file .*few.json, but the data"):
-            take_split(SAMPLES, file, NAMES)
+def test_short_class_is_repeated_with_a_warning():
+    samples = [s for s in SAMPLES if s.label != 1 or s.key in {"1-0", "1-1", "1-2"}]
+    with pytest.warns(UserWarning, match=r"'green' has 3 images to train on, repeated to 8 shots"):
+        split = few_shot_split(samples, NAMES, 8, 1)
+    green = [key for key in keys(split.train) if key.startswith("1-")]
+    assert len(green) == 8
+    assert sorted(green.count(f"1-{i}") for i in range(3)) == [2, 3, 3]
+    assert not [key for key in keys(split.val) if key.startswith("1-")]
 
 
-@pytest.mark.parametrize("name", ["shot_16-seed_1.pkl", "split.jsonl"])
-def test_pickles_are_refused_unread(tmp_path, name):
-    path = tmp_path / name
-
-    class Evil:
-        def __reduce__(self):
-            return (path.with_suffix(".run").touch, ())
-
-    path.write_bytes(pickle.dumps({"train": [Evil()]}))
-    with pytest.raises(VlkrError, match=r"is a pickle.*give CoOp's split_zhou_\*\.json or"):
-        read_split(path)
-    assert not path.with_suffix(".run").exists()
+@pytest.mark.parametrize("shots", [0, -1])
+def test_too_few_shots(shots):
+    with pytest.raises(VlkrError, match=f"shots {shots} is too small"):
+        few_shot_split(SAMPLES, NAMES, shots, 1)
 
 
-def line(key, label, part="train"):
-    return json.dumps({"key": key, "label": label, "part": part}) + "\n"
+def test_class_without_samples():
+    with pytest.raises(VlkrError, match="class 'blue' is empty"):
+        few_shot_split(SAMPLES[:80], NAMES, 4, 1)
 
 
-HEADER = '{"format": "vlkr split 1", "class_names": ["red", "green", "blue"]}\n'
+def test_many_short_classes_are_one_warning():
+    samples = [Sample(f"{label}-{i}", b"", label) for label in range(3) for i in range(2 + label)]
+    with pytest.warns(UserWarning, match="classes have fewer") as caught:
+        split = few_shot_split(samples, NAMES, 4, 1)
+    assert [str(w.message) for w in caught] == [
+        "2 classes have fewer than 4 images to train on, repeated to 4 shots; fewest: class 'red' "
+        "has 2 images"
+    ]
+    assert len(split.train) == 12
+
+
+def test_absurd_shots_are_those_of_the_largest_class():
+    samples = SAMPLES[:35] + SAMPLES[40:]
+    with pytest.warns(UserWarning, match="no class has") as caught:
+        split = few_shot_split(samples, NAMES, 10**9, 1)
+    assert [str(w.message) for w in caught] == [
+        "no class has 1000000000 images to train on: taken as 40 shots, repeated in smaller "
+        "classes (class 'red' has 35 images)"
+    ]
+    assert len(split.train) == 3 * 40
+    assert split.val == []
+
+
+DOMAINS = ("art", "photo")
+IN_DOMAINS = [
+    Sample(f"{domain}/{label}/{i}", bytes(10), label, domain)
+    for domain in DOMAINS
+    for label in range(3)
+    for i in range(10 + 5 * label)
+]
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 1.0])
+def test_a_fraction_of_each_class(fraction):
+    split = few_shot_split(IN_DOMAINS, NAMES, 16, 1, fraction=fraction)
+    for label, size in enumerate((20, 30, 40)):
+        wanted = max(1, round(fraction * size))
+        assert sum(s.label == label for s in split.train) == wanted
+        left = min(wanted, 4, size - wanted)
+        assert sum(s.label == label for s in split.val) == left
+    assert not {*keys(split.train)} & {*keys(split.val)}
+
+
+def test_smaller_fractions_are_part_of_larger_ones():
+    splits = [few_shot_split(IN_DOMAINS, NAMES, 1, 1, fraction=f / 10) for f in range(1, 11)]
+    for fewer, more in pairwise(splits):
+        assert set(keys(fewer.train)) < set(keys(more.train))
+    assert set(keys(splits[-1].train)) == set(keys(IN_DOMAINS))
+
+
+def test_shots_of_each_domain():
+    split = few_shot_split(IN_DOMAINS, NAMES, 3, 1, per_domain=True)
+    cells = [(s.label, s.domain) for s in split.train]
+    assert cells == [(label, domain) for label in range(3) for domain in DOMAINS for _ in range(3)]
+    assert [(s.label, s.domain) for s in split.val] == cells
+    # What is drawn of a domain does not depend on the others.
+    photos = [s for s in IN_DOMAINS if s.domain == "photo"]
+    alone = few_shot_split(photos, NAMES, 3, 1)
+    assert keys(alone.train) == [key for key in keys(split.train) if key.startswith("photo")]
+
+
+def test_validation_fraction_is_held_out_of_each_class_and_domain():
+    split = few_shot_split(IN_DOMAINS, NAMES, 1, 1, fraction=1.0, val_fraction=0.2)
+    assert {*keys(split.train), *keys(split.val)} == set(keys(IN_DOMAINS))
+    assert len(split.train) + len(split.val) == len(IN_DOMAINS)
+    for label, size in enumerate((10, 15, 20)):
+        for domain in DOMAINS:
+            number = sum((s.label, s.domain) == (label, domain) for s in split.val)
+            assert number == round(0.2 * size)
+    few = few_shot_split(IN_DOMAINS, NAMES, 2, 1, val_fraction=0.2)
+    assert keys(few.val) == keys(split.val)
+    assert len(few.train) == 6
+    assert set(keys(few.train)) < set(keys(split.train))
+
+
+def test_a_class_of_one_image_is_trained_on():
+    split = few_shot_split([Sample("k", b"", 0, "d")], ["a"], 1, 1, val_fraction=0.9)
+    assert (keys(split.train), split.val) == (["k"], [])
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("options", "message"),
     [
-        ("s.jsonl", "", "line 1 is not a line of a split file"),
-        ("s.jsonl", '{"format": "other"}\n', "line 1 .*format 'other', expected 'vlkr split 1'"),
-        ("s.jsonl", HEADER + '{"key": "a"}\n', "line 2 is not a line of a split file: KeyError"),
-        ("s.jsonl", HEADER + "no JSON\n", "line 2 is not a line of a split file"),
-        ("s.jsonl", HEADER + line("a", float("inf")), "line 2 .*: OverflowError"),
-        ("s.jsonl", HEADER + "[" * 100_000, "line 2 .*: RecursionError"),
-        ("s.jsonl", "[" * 100_000, "line 1 .*: RecursionError"),
-        ("s.json", '{"train": [["a", Infinity, "x"]]}', r"\['a', inf, 'x'\] in 'train' is not a"),
-        ("s.json", '{"train": [["a", 0, "x"]], "val": 3}', "has no list 'train' or 'val'"),
-        ("s.json", "[]", "holds a list, expected a mapping"),
-        ("s.json", '{"test": []}', "has no list 'train' or 'val', expected CoOp's form"),
-        (
-            "s.json",
-            '{"train": [["a"]]}',
-            r"\['a'\] in 'train' is not a sample, expected \[p",
-        ),
+        ({"fraction": 0.0}, "fraction 0.0 is out of range, expected above 0 and at most 1"),
+        ({"fraction": 1.1}, "fraction 1.1 is out of range"),
+        ({"val_fraction": 1.0}, "validation fraction 1.0 is out of range, expected 0 or more"),
+        ({"val_fraction": -0.1}, "validation fraction -0.1 is out of range"),
     ],
 )
-def test_files_that_are_no_split(tmp_path, name, content, message):
+def test_fractions_out_of_range(options, message):
     with pytest.raises(VlkrError, match=message):
-        read_split(write(tmp_path / name, content))
+        few_shot_split(SAMPLES, NAMES, 4, 1, **options)
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(VlkrError, match=r"cannot read .*none\.jsonl: No such file"):
-        read_split(tmp_path / "none.jsonl")
+def test_a_key_that_occurs_twice_is_told():
+    with pytest.raises(VlkrError, match="key '0-3' occurs twice in the training split"):
+        few_shot_split([*SAMPLES, SAMPLES[3]], NAMES, 40, 1)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (line("red/0.jpg", 1), "'red/0.jpg' has label 1 in split file .* the dataset's label 0"),
-        (line("red/0.jpg", 0) + line("x", 0), "1 of 2 keys of .* are not in .*, such as 'x'"),
-        (line("red/0.jpg", 0, "val"), "has no sample to train on"),
-        (
-            line("red/0.jpg", 0) + line("red/0.jpg", 0, "val"),
-            "trains on and validates with 'red/0.jpg'",
-        ),
-        (line("red/0.jpg", 0) + line("red/0.jpg", 1), "has two labels for 'red/0.jpg'"),
-    ],
+@pytest.mark.parametrize("options", [{}, {"fraction": 0.3}, {"val_fraction": 0.2}])
+def test_images_beyond_the_bound_are_let_go(options):
+    whole = few_shot_split(IN_DOMAINS, NAMES, 4, 1, **options)
+    bare = few_shot_split(IN_DOMAINS, NAMES, 4, 1, **options, max_bytes=100)
+    assert whole.positions is None
+    assert all(sample.image for sample in whole.train)
+    assert [(s.key, s.label, s.domain) for s in bare.train + bare.val] == [
+        (s.key, s.label, s.domain) for s in whole.train + whole.val
+    ]
+    assert not any(sample.image for sample in bare.train + bare.val)
+    order = keys(IN_DOMAINS)
+    assert bare.positions == {s.key: order.index(s.key) for s in whole.train + whole.val}
+
+
+def test_memory_is_bounded_by_what_is_kept():
+    def samples():
+        for i in range(20_000):
+            yield Sample(f"k{i}", bytes(10_000), i % 2)
+
+    tracemalloc.start()
+    try:
+        split = few_shot_split(samples(), ["a", "b"], 8, 1)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(split.train) == 16
+    assert peak < 2e6  # 24 images of 200 MB
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    shots=st.integers(1, 5),
+    options=st.fixed_dictionaries(
+        {
+            "fraction": st.none() | st.floats(0.05, 1),
+            "val_fraction": st.none() | st.floats(0, 0.9),
+            "per_domain": st.booleans(),
+        }
+    ),
+    order=st.randoms(use_true_random=False),
 )
-def test_splits_that_do_not_go_with_the_data(tmp_path, content, message):
-    file = read_split(write(tmp_path / "s.jsonl", HEADER + content))
-    with pytest.raises(VlkrError, match=message):
-        take_split(SAMPLES, file, NAMES)
-
-
-def test_other_classes_are_told(tmp_path):
-    file = read_split(write(tmp_path / "s.jsonl", HEADER + line("red/0.jpg", 0)))
-    with pytest.raises(
-        VlkrError, match=r"is of 3 classes, red, green, blue, \.\.\.; the dataset has"
-    ):
-        take_split(SAMPLES, file, ("green", "red", "blue"))
-
-
-def test_a_path_that_fits_two_samples_is_told(tmp_path):
-    samples = [Sample("a/0.jpg", b"", 0), Sample("b/a/0.jpg", b"", 0)]
-    file = read_split(write(tmp_path / "s.json", {"train": [["0.jpg", 0, "x"]]}))
-    with pytest.raises(VlkrError, match=r"'0\.jpg' of split file .* fits two samples, 'a/0\.jpg'"):
-        take_split(samples, file, ("x", "y"))
-    file = read_split(write(tmp_path / "s.json", {"train": [["a/0.jpg", 0, ""], ["0.jpg", 0, ""]]}))
-    with pytest.raises(VlkrError, match=r"sample 'b/a/0\.jpg' fits several of .*: 0\.jpg, a/0"):
-        take_split(samples[1:], file, ("x", "y"))
-
-
-def test_halves_of_the_classes(tmp_path):
-    dataset = load_dataset(write_images(tmp_path / "d", per_class=6))
-    names = dataset.class_names
-    base = dataset.select(classes="base")
-    assert base.class_names == names[:2]
-    whole = list(dataset.source("test"))
-    assert list(base.source("test")) == [s for s in whole if s.label < 2]
-    assert [s for shard in base.source("test").shards() for s in shard] == list(base.source("test"))
-    with pytest.raises(VlkrError, match="the new half of 'd' has 1 of 3 classes, expected two"):
-        dataset.select(classes="new")
-
-
-def test_the_new_half_is_renumbered(tmp_path):
-    for c, name in enumerate("abcde"):
-        folder = tmp_path / "d" / name
-        folder.mkdir(parents=True)
-        for i in range(8):
-            (folder / f"{i}.png").write_bytes(color_image("red", 100 * c + i))
-    dataset = load_dataset(tmp_path / "d")
-    new = dataset.select(classes="new")
-    assert new.class_names == ("d", "e")
-    expected = [(s.key, s.label - 3) for s in dataset.source("train") if s.label > 2]
-    assert [(s.key, s.label) for s in new.source("train")] == expected
-
-
-def test_a_bad_sample_does_not_end_a_half(tmp_path):
-    dataset = load_dataset(write_images(tmp_path / "d", per_class=6, splits=("train", "test")))
-    (tmp_path / "d" / "train" / "blue" / "1.png").unlink()
-    found = list(dataset.select(classes="base").source("train"))
-    assert [s.key for s in found] == [f"{c}/{i}.png" for c in ("blue", "green") for i in range(6)]
-    assert [isinstance(s, BadSample) for s in found] == [s.key == "blue/1.png" for s in found]
+def test_any_order_gives_the_same_disjoint_parts(sizes, shots, options, order):
+    samples = [
+        Sample(f"{label}/{i}", b"x", label, DOMAINS[i % 2])
+        for label, size in enumerate(sizes)
+        for i in range(size)
+    ]
+    names = [str(label) for label in range(len(sizes))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        split = few_shot_split(samples, names, shots, 3, **options)
+        shuffled = list(samples)
+        order.shuffle(shuffled)
+        again = few_shot_split(shuffled, names, shots, 3, **options)
+    assert again == split
+    assert not {*keys(split.train)} & {*keys(split.val)}
+    assert len(set(keys(split.val))) == len(split.val)
+    assert {s.label for s in split.train} == set(range(len(sizes)))

@@ -6,8 +6,8 @@ import pytest
 from helpers import write_images, write_shards
 
 from vlkr.cli import main
-from vlkr.datasets.pack import pack
-from vlkr.datasets.verify import verify
+from vlkr.datasets.inspect import verify
+from vlkr.datasets.packing import pack
 from vlkr.errors import VlkrError
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 import vlkr
 from vlkr.cli import main
-from vlkr.datasets import DataOptions, load_dataset
+from vlkr.datasets import DataConfig, load_dataset
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate, evaluate_model
 from vlkr.evaluation.interpolation import interpolate
@@ -89,7 +89,7 @@ def short(small, tmp_path_factory):
     """A run that left no image to validate with."""
     folder = tmp_path_factory.mktemp("short")
     root = write_images(folder / "d", 4, splits=["train", "test"])
-    small_run(folder / "run", small, root, data=DataOptions(root=root, shots=4))
+    small_run(folder / "run", small, root, data=DataConfig(root=root, shots=4))
     return folder / "run"
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from vlkr.adapters import adapter_parameters, add_adapters, save_adapter
 from vlkr.adapters.inject import injected_adapters
-from vlkr.datasets import DataOptions, load_dataset
+from vlkr.datasets import DataConfig, load_dataset
 from vlkr.datasets.images import decode_image
 from vlkr.export.export import export
 from vlkr.models.classifier import ClassHead
@@ -58,7 +58,7 @@ def run(tmp_path_factory, small, colors):
 def digits_run(tmp_path_factory):
     """The tiny CLIP, briefly adapted to handwritten digits."""
     output = tmp_path_factory.mktemp("runs") / "digits"
-    data = DataOptions("digits", shots=4, batch_size=16, min_steps_per_epoch=8, flip=False)
+    data = DataConfig("digits", shots=4, batch_size=16, min_steps_per_epoch=8, flip=False)
     small_run(output, "tiny", None, data=data)
     return output
 

@@ -59,14 +59,14 @@ def fingerprint_stream(folder):
 
 def train_stream(folder, per_shard):
     """Few shots drawn from a split, then an epoch of all its images, augmented and shuffled."""
-    from vlkr.datasets import DataOptions, FewShotDataModule, load_dataset
+    from vlkr.datasets import DataConfig, FewShotDataModule, load_dataset
     from vlkr.datasets.epochs import TrainLoader
     from vlkr.datasets.loading import BadSamples, TrainTransform, to_tensor
     from vlkr.datasets.streaming import EpochPlan, StreamedBatches
 
     dataset = load_dataset(Path(folder))
     dataset = replace(dataset, splits={"train": dataset.source("test")})
-    few = FewShotDataModule(dataset, DataOptions(shots=16), 1, to_tensor, to_tensor)
+    few = FewShotDataModule(dataset, DataConfig(shots=16), 1, to_tensor, to_tensor)
     source = dataset.source("train")
     counts = [int(per_shard)] * len(source.shards())
     plan = EpochPlan(counts, IMAGES_AT_A_TIME, 1, 1, seed=1, buffer=1024)

@@ -208,7 +208,7 @@ def test_a_size_that_the_tensors_do_not_have_is_refused_before_it_is_made(tmp_pa
 @pytest.mark.parametrize("method", ["vera", "randlora"])
 def test_random_matrices_beyond_memory_are_refused(tmp_path, case, method, monkeypatch):
     """A vector of a few MB in the file would ask for a basis of as many GB."""
-    monkeypatch.setattr("vlkr.adapters.checkpoint._MAX_BASIS", 1000)
+    monkeypatch.setattr("vlkr.adapters.io._MAX_BASIS", 1000)
     for rank, refused in ((8, False), (200, True)):
         model = base_model()
         add_adapters(model, method, targets=["0", "1"], rank=rank)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from vlkr.adapters.hosts import adapter_layers
 from vlkr.config import OptimizerConfig, TrainerConfig
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
 from vlkr.training.module import FewShotModule
 from vlkr.training.trainer import check_checkpoint
@@ -82,7 +82,7 @@ def test_it_stops_at_once_and_the_checkpoint_before_it_is_whole(
 def test_a_last_step_that_spoils_the_factors_is_never_saved(tmp_path, small, colors, case):
     options = {
         "optimizer": OptimizerConfig(lr=1e30, weight_decay=1e10),
-        "data": DataOptions(root=colors, shots=2, batch_size=8, min_steps_per_epoch=1),
+        "data": DataConfig(root=colors, shots=2, batch_size=8, min_steps_per_epoch=1),
         "trainer": TrainerConfig(epochs=1, **CPU),
     }
     with case(LOSS):
@@ -203,7 +203,7 @@ def test_ten_thousand_classes(tmp_path, small, case):
         (root / split / "nshards.txt").write_text("1")
         write_tar(root / split / "0.tar", [(f"{split}{i}", image, i) for i in labels])
     (root / "classnames.txt").write_text("\n".join(names))
-    data = DataOptions(
+    data = DataConfig(
         root=root, shots=1, batch_size=1024, min_steps_per_epoch=1, classes_per_step=2048
     )
     with case(DATA):

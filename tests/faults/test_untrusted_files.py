@@ -24,7 +24,7 @@ from vlkr.datasets import load_dataset
 from vlkr.datasets.cards import load_card
 from vlkr.datasets.images import decode_image
 from vlkr.datasets.samples import BadSample, Sample
-from vlkr.datasets.splits import read_split
+from vlkr.datasets.split_files import read_split
 from vlkr.errors import VlkrError
 from vlkr.evaluation.metrics import Confused, DatasetResult
 from vlkr.evaluation.report import Evaluation

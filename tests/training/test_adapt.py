@@ -11,9 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
-from vlkr.models import loading
+from vlkr.training import recipe
 from vlkr.training.module import FewShotModule
 
 FILES = {
@@ -47,7 +47,7 @@ def losses(run):
 @pytest.fixture(scope="module")
 def hundred_steps(tmp_path_factory, small, colors):
     output = tmp_path_factory.mktemp("runs") / "run"
-    data = DataOptions(root=colors, shots=4, batch_size=8, min_steps_per_epoch=10)
+    data = DataConfig(root=colors, shots=4, batch_size=8, min_steps_per_epoch=10)
     trainer = TrainerConfig(epochs=10, accelerator="cpu", progress=False)
     return small_run(output, small, colors, data=data, trainer=trainer)
 
@@ -108,7 +108,7 @@ def test_seed_decides_everything(tmp_path, small, colors):
 
 def test_workers_change_nothing(tmp_path, small, colors):
     def run(name, workers):
-        data = DataOptions(
+        data = DataConfig(
             root=colors, shots=4, batch_size=8, min_steps_per_epoch=3, num_workers=workers
         )
         return adapter_bytes(small_run(tmp_path / name, small, colors, data=data).output)
@@ -160,7 +160,7 @@ def test_budget_is_matched_and_the_size_kept(tmp_path, small, colors):
 
 def test_training_without_validation_images(tmp_path, small):
     root = write_images(tmp_path / "d", per_class=2, splits=("train", "test"))
-    data = DataOptions(root=root, shots=2, batch_size=8, min_steps_per_epoch=3)
+    data = DataConfig(root=root, shots=2, batch_size=8, min_steps_per_epoch=3)
     run = small_run(tmp_path / "run", small, root, data=data).output
     assert (run / "checkpoints" / "last.ckpt").is_file()
     assert len(losses(run)) == 6
@@ -207,7 +207,7 @@ def test_relative_paths_are_made_absolute(tmp_path, small, colors, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("clip").symlink_to(small.removeprefix("local-dir:"))
     Path("images").symlink_to(colors)
-    data = DataOptions(root=Path("images"), shots=4, batch_size=8, min_steps_per_epoch=3)
+    data = DataConfig(root=Path("images"), shots=4, batch_size=8, min_steps_per_epoch=3)
     small_run(Path("run"), "clip", colors, data=data)
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert config["model"] == small
@@ -219,7 +219,7 @@ def test_diverging_training_is_told(tmp_path, small, colors):
     with pytest.raises(VlkrError, match=r"the loss is nan at step 1 .*lower optimizer\.lr"):
         small_run(tmp_path / "a", small, colors, optimizer=optimizer)
     assert not (tmp_path / "a" / "adapter").exists()
-    data = DataOptions(root=colors, shots=4, batch_size=8, min_steps_per_epoch=1)
+    data = DataConfig(root=colors, shots=4, batch_size=8, min_steps_per_epoch=1)
     trainer = TrainerConfig(epochs=1, accumulate_grad_batches=2, accelerator="cpu", progress=False)
     with pytest.raises(VlkrError, match="are not finite: its training diverged"):
         small_run(tmp_path / "b", small, colors, optimizer=optimizer, data=data, trainer=trainer)
@@ -232,8 +232,8 @@ def test_adapter_that_the_model_does_not_use_is_told(tmp_path, small, colors, mo
         bundle.model.spare = nn.Linear(4, 4)
         return bundle
 
-    load_model = loading.load_model
-    monkeypatch.setattr(loading, "load_model", load_with_spare_part)
+    load_model = recipe.load_model
+    monkeypatch.setattr(recipe, "load_model", load_with_spare_part)
     adapter = AdapterConfig(targets=["q", "spare"])
     with pytest.raises(VlkrError, match="does not use the adapter on spare"):
         small_run(tmp_path / "run", small, colors, adapter=adapter)
@@ -278,7 +278,7 @@ def test_test_split_without_images_is_told_before_training(tmp_path, small):
     root = write_images(tmp_path / "d", per_class=1, splits=("train", "test"))
     for name in ("blue", "green", "red"):
         (root / "test" / name / "0.png").unlink()
-    data = DataOptions(root=root, shots=1)
+    data = DataConfig(root=root, shots=1)
     with pytest.raises(VlkrError, match="class 'blue' is empty"):
         small_run(tmp_path / "run", small, root, data=data)
     assert not (tmp_path / "run").exists()

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from vlkr.cli import main
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
 from vlkr.evaluation.interpolation import interpolate
-from vlkr.models.vit import load_vit
+from vlkr.models.timm import load_vit
 from vlkr.runs import RunFolder
 
 
@@ -127,7 +127,7 @@ def test_zero_shot_of_a_model_without_text_is_refused(vit, colors, capsys):
 def test_adapters_can_match_a_budget(tmp_path, vit, colors):
     adapter = AdapterConfig("lora", match="kradapter")
     trainer = TrainerConfig(epochs=1, accelerator="cpu", progress=False)
-    data = DataOptions(root=colors, shots=1, batch_size=4, min_steps_per_epoch=1)
+    data = DataConfig(root=colors, shots=1, batch_size=4, min_steps_per_epoch=1)
     result = small_run(tmp_path / "run", vit, colors, adapter=adapter, trainer=trainer, data=data)
     assert result.evaluation.context["options"]["rank"] >= 1
 

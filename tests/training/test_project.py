@@ -10,7 +10,7 @@ import vlkr
 from vlkr.config import AdapterConfig
 from vlkr.errors import VlkrError
 from vlkr.models.clip import load_clip
-from vlkr.training.project import project_fine_tune
+from vlkr.training.recipe import project_fine_tune
 
 
 @pytest.fixture

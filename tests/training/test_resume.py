@@ -13,7 +13,7 @@ from helpers import small_run
 
 from vlkr.adapters.registry import ADAPTERS
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
 from vlkr.training.module import FewShotModule
 from vlkr.training.trainer import SealedCheckpoints
@@ -101,7 +101,7 @@ def run(tmp_path_factory, small, colors):
             r"adapter\.options\.scale is 1\.0 now and was None",
         ),
         ({"trainer": TRAINER}, r"trainer\.epochs is 4 now and was 2"),
-        ({"data": DataOptions(name="digits", shots=4, batch_size=8)}, r"data\.name is digits now"),
+        ({"data": DataConfig(name="digits", shots=4, batch_size=8)}, r"data\.name is digits now"),
     ],
 )
 def test_another_configuration_is_refused(run, small, colors, changes, message):
@@ -113,7 +113,7 @@ def test_another_configuration_is_refused(run, small, colors, changes, message):
 
 def test_progress_workers_and_device_may_change(run, small, colors, capfd):
     before = adapter_bytes(run)
-    data = DataOptions(root=colors, shots=4, batch_size=8, min_steps_per_epoch=3, num_workers=1)
+    data = DataConfig(root=colors, shots=4, batch_size=8, min_steps_per_epoch=3, num_workers=1)
     trainer = TrainerConfig(epochs=2, accelerator="auto", progress=True)
     small_run(run, small, colors, resume=True, data=data, trainer=trainer)
     assert adapter_bytes(run) == before

@@ -58,11 +58,11 @@ def test_accumulated_batches_train_as_one_composition_or_many(small, colors, tmp
             pass
 
     from vlkr.config import TrainerConfig
-    from vlkr.datasets import DataOptions
-    from vlkr.training.adapt import adapt
+    from vlkr.datasets import DataConfig
+    from vlkr.training.recipe import adapt
 
     def run(name):
-        data = DataOptions(
+        data = DataConfig(
             root=colors, shots=2, batch_size=2, min_steps_per_epoch=5, crop_scale=(1.0, 1.0)
         )
         trainer = TrainerConfig(

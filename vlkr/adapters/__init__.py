@@ -1,13 +1,18 @@
-"""Adapters: the methods, their hosts, and what is done with them."""
+"""Adapter methods, the modules that host them, and what is done with them."""
 
-from vlkr.adapters.accumulation import ComposedWeightCache
 from vlkr.adapters.base import Adapter
-from vlkr.adapters.budget import Budget, match_budget
-from vlkr.adapters.checkpoint import load_adapter, save_adapter
+from vlkr.adapters.budget import (
+    Budget,
+    Projected,
+    count_parameters,
+    match_budget,
+    project,
+    project_model,
+)
 from vlkr.adapters.dora import DoRA
-from vlkr.adapters.foreign import load_authors_kradapter
 from vlkr.adapters.full import BitFit, Full
 from vlkr.adapters.inject import (
+    ComposedWeightCache,
     adapter_parameters,
     adapter_state_dict,
     add_adapters,
@@ -18,10 +23,10 @@ from vlkr.adapters.inject import (
     set_adapter,
     set_adapter_scale,
 )
+from vlkr.adapters.io import load_adapter, load_authors_kradapter, save_adapter
 from vlkr.adapters.kradapter import KRAdapter
 from vlkr.adapters.krona import KronA
 from vlkr.adapters.lora import LoRA
-from vlkr.adapters.projection import Projected, project, project_model
 from vlkr.adapters.randlora import RandLoRA
 from vlkr.adapters.registry import ADAPTERS
 from vlkr.adapters.sinlora import SinLoRA
@@ -47,6 +52,7 @@ __all__ = [
     "adapter_parameters",
     "adapter_state_dict",
     "add_adapters",
+    "count_parameters",
     "find_targets",
     "load_adapter",
     "load_authors_kradapter",

@@ -10,14 +10,14 @@ class DoRA(LoRA):
     """Weight-decomposed low-rank adapter (Liu et al., arXiv 2402.09353, eq. 5).
 
     The adapted weight is ``magnitude * V / |V|`` with ``V = weight + scaling * lora_B @ lora_A``
-    and norms over ``in_features``. ``magnitude (out_features)`` starts at the base weight's norms.
-    As in the paper's section 4.3 the norm of ``V`` is constant to the gradient. An input dropout
-    is not possible with a norm of the whole weight, so there is none.
+    and norms over ``in_features``. ``magnitude (out_features)`` is initialized to the base weight's
+    norms. As in the paper's section 4.3, the norm of ``V`` is treated as constant in the gradient.
+    There is no input dropout, since the norm is that of the whole weight.
 
     Args:
         in_features: columns of the base weight.
         out_features: rows of the base weight.
-        rank: the inner size.
+        rank: inner size.
         alpha: numerator of the scaling; None takes ``rank``, a scaling of 1.
         use_rslora: divide ``alpha`` by ``sqrt(rank)`` and not ``rank``.
 
@@ -26,6 +26,7 @@ class DoRA(LoRA):
     """
 
     has_low_rank_forward = False
+    has_closed_form = False
     needs_weight = True
 
     def __init__(
@@ -46,9 +47,9 @@ class DoRA(LoRA):
         self.magnitude.copy_(weight.to(self.magnitude.dtype).norm(dim=1))
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        """The adapted weight less the base, ``(out_features, in_features)``; needs ``weight``."""
+        """Returns the adapted weight less the base weight, ``(out_features, in_features)``."""
         if weight is None:
-            raise TypeError("DoRA's change depends on the base weight: delta(weight)")
+            raise TypeError("DoRA's update depends on the base weight: delta(weight)")
         base = weight.to(self.magnitude.dtype)
         direction = base + super().delta()
         norm = direction.detach().norm(dim=1).clamp_min(torch.finfo(base.dtype).tiny)

@@ -7,9 +7,9 @@ from vlkr.adapters.base import Adapter
 
 
 class Full(Adapter):
-    """Full fine-tuning: the change itself is trained, from zero.
+    """Full fine-tuning: the update itself is trained, from zero.
 
-    Weight decay pulls towards the base weight.
+    Weight decay pulls the weight toward the base weight.
 
     Args:
         in_features: columns of the base weight.
@@ -24,12 +24,12 @@ class Full(Adapter):
         self.change = nn.Parameter(torch.zeros(out_features, in_features))
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        """``(out_features, in_features)``; ignores ``weight``."""
+        """Returns the update, ``(out_features, in_features)``."""
         return self.change
 
 
 class BitFit(Adapter):
-    """Only the bias is trained (Ben Zaken et al., arXiv 2106.10199).
+    """Trains only the bias (Ben Zaken et al., arXiv 2106.10199).
 
     Args:
         in_features: columns of the base weight.
@@ -46,5 +46,5 @@ class BitFit(Adapter):
         self.change = nn.Parameter(torch.zeros(out_features))
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        """The bias's change, ``(out_features)``; ignores ``weight``."""
+        """Returns the update of the bias, ``(out_features)``."""
         return self.change

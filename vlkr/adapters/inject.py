@@ -1,4 +1,4 @@
-"""Adds adapters to a model, activates, scales, merges and removes them."""
+"""Adds adapters to a model, activates, scales, composes, merges and removes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlkr.adapters.base import Adapter
-from vlkr.adapters.compose import Slot, base_parameter, compose
+from vlkr.adapters.compose import ActiveAdapter, Slot, base_parameter, compose
 from vlkr.adapters.hosts import (
     AdaptedModule,
     AdapterHost,
@@ -283,6 +283,47 @@ def merged(model: nn.Module) -> Iterator[None]:
             weight.data = base
         for host, active, is_merged in before:
             host.active, host.is_merged = active, is_merged
+
+
+class ComposedWeightCache:
+    """Composes each weight once per optimizer step during gradient accumulation.
+
+    Between :meth:`begin` and :meth:`finish`, forward passes share one composed weight, batches
+    accumulate its gradient, and :meth:`finish` passes that on to the factors: the same gradients
+    up to rounding, for one composition instead of one per batch. Costs the memory of the composed
+    weights and their gradients. Methods with a low-rank forward keep it.
+
+    Args:
+        model: with adapters, in one process (the gradients bypass DDP's reduction).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.open = False
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Composes the weights."""
+        self.open = True
+        for _, host in adapter_layers(self.model):
+            for parameter in host.adapted_parameters():
+                if parts := _composed_parts(host, parameter):
+                    weight = compose(base_parameter(host, parameter), parts)
+                    host.composed_weights[parameter] = weight.requires_grad_()
+
+    def finish(self) -> None:
+        """Adds the accumulated gradients to those of the factors."""
+        self.open = False
+        for _, host in adapter_layers(self.model):
+            for parameter, weight in host.composed_weights.items():
+                if weight.grad is not None:
+                    parts = _composed_parts(host, parameter)
+                    compose(base_parameter(host, parameter), parts).backward(weight.grad)
+            host.composed_weights = {}
+
+
+def _composed_parts(host: AdapterHost, parameter: str) -> list[ActiveAdapter]:
+    return [part for part in host.parts(parameter) if not part.adapter.has_low_rank_forward]
 
 
 def _require_hosts(model: nn.Module) -> list[tuple[str, AdapterHost]]:

@@ -8,16 +8,21 @@ from torch import Tensor, nn
 
 from vlkr.adapters.base import Adapter
 from vlkr.errors import VlkrError
-from vlkr.functional import add_khatri_rao, khatri_rao, khatri_rao_gradients
+from vlkr.functional import (
+    add_khatri_rao,
+    khatri_rao,
+    khatri_rao_gradients,
+    project_kradapter,
+)
 
 
 class KRAdapter(Adapter):
-    """Khatri-Rao product adapter: a change of full effective rank from two thin factors.
+    """Khatri-Rao product adapter: an update of full effective rank from two thin factors.
 
     With ``m <= M`` the sides of the weight and factors ``u (m, k1)``, ``v (m, k2)``,
-    ``k1 * k2 >= M``, the change is ``scale`` times the first ``M`` columns of the row-wise
-    Khatri-Rao product of ``u`` and ``v``, transposed when ``out_features > in_features``.
-    ``u`` starts at zero, so the model starts unchanged. Albert et al., "Towards Higher Effective
+    ``k1 * k2 >= M``, the update is ``scale`` times the first ``M`` columns of the row-wise
+    Khatri-Rao product of ``u`` and ``v``, transposed if ``out_features > in_features``. ``u`` is
+    initialized to zero. Albert et al., "Towards Higher Effective
     Rank in Parameter-efficient Fine-tuning using Khatri-Rao Product", ICCV 2025,
     arXiv 2508.00230.
 
@@ -28,10 +33,10 @@ class KRAdapter(Adapter):
         rule: ``"reference"`` is the authors' layer, ``k1 = isqrt(m)``, ``v`` Kaiming-uniform with
             ``a=5``. ``"balanced"`` is the authors' matrix benchmark, ``k1 = isqrt(M)``,
             ``a=sqrt(5)`` and the factors' roles in a row swapped; it has nearly the fewest
-            parameters. Both take ``k2 = ceil(M / k1)``.
-        num_terms: products that are summed; more budget (not in the paper).
-        num_factors: 2, or 3 factors of about ``M ** (1 / 3)`` columns; less budget (not in the
-            paper). The third starts with unit variance, so that the change has the scale of two.
+            parameters. In both, ``k2 = ceil(M / k1)``.
+        num_terms: number of products that are summed; more parameters (not in the paper).
+        num_factors: 2, or 3 factors of about ``M ** (1 / 3)`` columns; fewer parameters (not in
+            the paper). The third is initialized with unit variance, which keeps the update's scale.
 
     Raises:
         VlkrError: for an unknown ``rule``, ``num_terms`` below 1, or ``num_factors`` not 2 or 3.
@@ -63,7 +68,7 @@ class KRAdapter(Adapter):
         self.rule = rule
         self.num_terms = num_terms
         self.num_factors = num_factors
-        self.has_factor_gradients = num_factors == 2
+        self.has_factor_gradients = self.has_closed_form = num_factors == 2
         short, long = sorted((in_features, out_features))
         sizes = _factor_sizes(short, long, rule, num_factors)
         self.u = nn.Parameter(torch.zeros(num_terms, short, sizes[0]))
@@ -76,7 +81,7 @@ class KRAdapter(Adapter):
             nn.init.uniform_(self.w, -math.sqrt(3), math.sqrt(3))
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        """The scaled sum of Khatri-Rao products, ``(out_features, in_features)``."""
+        """Returns the scaled sum of Khatri-Rao products, ``(out_features, in_features)``."""
         factors = [self.scale * self.u, self.v]
         if self.w is not None:
             factors.append(self.w)
@@ -92,7 +97,7 @@ class KRAdapter(Adapter):
         return summed[: self.out_features, : self.in_features]
 
     def add_delta(self, weight: Tensor, base: Tensor, scale: float, out: Tensor) -> None:
-        """Product and sum in one pass over the weight."""
+        """Computes product and sum in one pass over the weight."""
         if not self.has_factor_gradients:
             super().add_delta(weight, base, scale, out)
             return
@@ -102,24 +107,34 @@ class KRAdapter(Adapter):
             base = out
 
     def factor_gradients(self, grad_delta: Tensor) -> dict[str, Tensor]:
-        """Matrix-vector products with the rows of the change's gradient."""
+        """Multiplies the rows of the update's gradient by the factors."""
         grads: dict[str, list[Tensor]] = {"u": [], "v": []}
         for u, v in zip(self.u, self.v, strict=True):
             names, factors = ("uv", (u, v)) if self.rule == "reference" else ("vu", (v, u))
-            found = khatri_rao_gradients(self._rows(grad_delta), *factors)
-            for name, grad in zip(names, found, strict=True):
+            pair = khatri_rao_gradients(self._rows(grad_delta), *factors)
+            for name, grad in zip(names, pair, strict=True):
                 grads[name].append(grad)
         return {name: torch.stack(terms).mul_(self.scale) for name, terms in grads.items()}
 
+    @torch.no_grad()
+    def fit_to(self, delta: Tensor) -> None:
+        """Sets two factors to the truncated SVDs of the rows, see :func:`project_kradapter`."""
+        inner, outer = (self.u, self.v) if self.rule == "reference" else (self.v, self.u)
+        fast, slow = project_kradapter(
+            self._unscaled(delta, self.scale), inner.shape[-1], num_terms=self.num_terms
+        )
+        inner.copy_(fast)
+        outer.copy_(slow)
+
     def _rows(self, matrix: Tensor) -> Tensor:
-        """The matrix as ``(short, long)``."""
+        """Returns the matrix as ``(short, long)``."""
         return matrix.T if self.out_features > self.in_features else matrix
 
 
 def _khatri_rao_columns(u: Tensor, v: Tensor) -> Tensor:
-    """The column-wise product, ``(..., k1, m)`` and ``(..., k2, m)`` to ``(..., k1 * k2, m)``.
+    """Column-wise product of ``(..., k1, m)`` and ``(..., k2, m)``, ``(..., k1 * k2, m)``.
 
-    The transpose of the row-wise one, laid out in memory as a tall weight is.
+    The transpose of the row-wise one, in the memory layout of a tall weight.
     """
     return (v.unsqueeze(-2) * u.unsqueeze(-3)).flatten(-3, -2)
 

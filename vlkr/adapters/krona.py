@@ -7,14 +7,15 @@ from torch import Tensor, nn
 
 from vlkr.adapters.base import Adapter
 from vlkr.errors import VlkrError
+from vlkr.functional import project_kronecker
 
 
 class KronA(Adapter):
     """Kronecker adapter, a sum of ``scale * kron(krona_A, krona_B)`` (arXiv 2212.10650, eq. 3).
 
-    ``krona_A (terms, a1, a2)`` starts Kaiming-uniform and ``krona_B (terms, b1, b2)`` at zero,
-    ``a1 * b1 = out_features``, ``a2 * b2 = in_features``, the ``a`` the largest divisors up to the
-    square roots. The paper has one term.
+    ``krona_A (terms, a1, a2)`` is initialized Kaiming-uniform, ``krona_B (terms, b1, b2)`` to zero;
+    ``a1 * b1 = out_features`` and ``a2 * b2 = in_features``, where ``a1`` and ``a2`` are the
+    largest divisors up to the square roots. The paper has one term.
 
     Args:
         in_features: columns of the base weight.
@@ -31,6 +32,7 @@ class KronA(Adapter):
 
     budget_option = "num_terms"
     has_low_rank_forward = True
+    has_closed_form = True
 
     def __init__(
         self, in_features: int, out_features: int, *, scale: float = 1.0, num_terms: int = 1
@@ -47,16 +49,25 @@ class KronA(Adapter):
             nn.init.kaiming_uniform_(term, a=math.sqrt(5))
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        """``(out_features, in_features)``; ignores ``weight``."""
+        """Returns the scaled sum of Kronecker products, ``(out_features, in_features)``."""
         product = torch.einsum("tac,tbd->abcd", self.scale * self.krona_A, self.krona_B)
         return product.flatten(2, 3).flatten(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Two small products a term, ``(..., in_features)`` to ``(..., out_features)``."""
+        """Maps ``(..., in_features)`` to ``(..., out_features)`` by two small products per term."""
         a, b = (self.scale * self.krona_A).to(x.dtype), self.krona_B.to(x.dtype)
         grid = x.unflatten(-1, (a.shape[2], b.shape[2]))
         right = torch.einsum("...cd,tbd->...tcb", grid, b)
         return torch.einsum("tac,...tcb->...ab", a, right).flatten(-2)
+
+    @torch.no_grad()
+    def fit_to(self, delta: Tensor) -> None:
+        """Sets the factors to the truncated SVD of the blocks (Van Loan and Pitsianis, 1993)."""
+        left, right = project_kronecker(
+            self._unscaled(delta, self.scale), self.krona_A.shape[1:], num_terms=self.num_terms
+        )
+        self.krona_A.copy_(left)
+        self.krona_B.copy_(right)
 
 
 def _divisor(n: int) -> int:

@@ -8,24 +8,25 @@ from torch import Tensor, nn
 
 from vlkr.adapters.base import Adapter
 from vlkr.errors import VlkrError
+from vlkr.functional import project_lora
 
 
 class LoRA(Adapter):
     """Low-rank adapter, ``delta = scaling * lora_B @ lora_A`` (Hu et al., arXiv 2106.09685, eq. 3).
 
-    ``lora_A (rank, in_features)`` starts Kaiming-uniform and ``lora_B (out_features, rank)`` at
-    zero, so the model starts unchanged.
+    ``lora_A (rank, in_features)`` is initialized Kaiming-uniform, ``lora_B (out_features, rank)``
+    to zero.
 
     Args:
         in_features: columns of the base weight.
         out_features: rows of the base weight.
-        rank: the inner size.
+        rank: inner size.
         alpha: numerator of the scaling; None takes ``rank``, a scaling of 1.
         use_rslora: divide ``alpha`` by ``sqrt(rank)`` and not ``rank`` (rsLoRA, arXiv 2312.03732).
-        dropout: probability with which an input of the low-rank path is dropped while training.
+        dropout: probability of dropping an input of the low-rank path in training.
 
     Raises:
-        VlkrError: if ``rank`` is below 1, or ``dropout`` is no probability below 1.
+        VlkrError: if ``rank`` is below 1, or ``dropout`` is not a probability below 1.
 
     >>> LoRA(768, 3072, rank=8).delta().shape, LoRA.num_parameters(768, 3072, rank=8)
     (torch.Size([3072, 768]), 30720)
@@ -33,6 +34,7 @@ class LoRA(Adapter):
 
     budget_option = "rank"
     has_low_rank_forward = True
+    has_closed_form = True
 
     def __init__(
         self,
@@ -48,7 +50,7 @@ class LoRA(Adapter):
         if rank < 1:
             raise VlkrError(f"LoRA rank {rank} is too small, expected at least 1")
         if not 0 <= dropout < 1:
-            raise VlkrError(f"LoRA dropout {dropout} is no probability, expected 0 <= dropout < 1")
+            raise VlkrError(f"LoRA dropout {dropout} is out of range, expected 0 <= dropout < 1")
         self.rank = rank
         self.alpha = alpha
         self.use_rslora = use_rslora
@@ -61,12 +63,19 @@ class LoRA(Adapter):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        """``scaling * lora_B @ lora_A``, ``(out_features, in_features)``; ignores ``weight``."""
+        """Returns ``scaling * lora_B @ lora_A``, ``(out_features, in_features)``."""
         return self.scaling * (self.lora_B @ self.lora_A)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The low-rank path, ``(..., in_features)`` to ``(..., out_features)``."""
+        """Applies the low-rank path, ``(..., in_features)`` to ``(..., out_features)``."""
         x = F.dropout(x, self.dropout, self.training)
         return F.linear(
             F.linear(x, self.lora_A.to(x.dtype)), self.scaling * self.lora_B.to(x.dtype)
         )
+
+    @torch.no_grad()
+    def fit_to(self, delta: Tensor) -> None:
+        """Sets the factors to the truncated SVD of ``delta`` (Eckart and Young, 1936)."""
+        lora_a, lora_b = project_lora(self._unscaled(delta, self.scaling), self.rank)
+        self.lora_A.copy_(lora_a)
+        self.lora_B.copy_(lora_b)

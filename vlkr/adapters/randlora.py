@@ -12,18 +12,18 @@ from vlkr.errors import VlkrError
 class RandLoRA(Adapter):
     """Full-rank sum of scaled random bases (Albert et al., arXiv 2502.00987, eq. 3).
 
-    With ``m <= M`` the sides of the weight and ``N = ceil(m / rank)``, the change is
+    With ``m <= M`` the sides of the weight and ``N = ceil(m / rank)``, the update is
     ``scaling * sum_n B_n @ diag(randlora_lambda_n) @ A @ diag(randlora_gamma_n)``, transposed when
     the longer side is the input. ``B_n (M, rank)`` and ``A (rank, m)`` are frozen, random, of unit
-    variance, the same for all weights of a shape and not saved. ``randlora_lambda`` starts at zero
-    and ``randlora_gamma`` at ``1 / M``. Composing costs as much as a product of ``m`` tokens.
+    variance, the same for all weights of a shape and not saved. ``randlora_lambda`` is initialized
+    to zero, ``randlora_gamma`` to ``1 / M``. Composing costs as much as a product of ``m`` tokens.
 
     Args:
         in_features: columns of the base weight.
         out_features: rows of the base weight.
-        rank: of one basis; a smaller one means more bases and more parameters.
+        rank: rank of one basis; a smaller one means more bases and more parameters.
         alpha: numerator of the scaling ``alpha / rank``; None takes ``20 * rank``.
-        seed: of the random bases.
+        seed: seed of the random bases.
 
     Raises:
         VlkrError: if ``rank`` is below 1.
@@ -60,7 +60,7 @@ class RandLoRA(Adapter):
         self.register_buffer("B", random_basis(long, bases, rank, seed=seed + 1), persistent=False)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        """``(out_features, in_features)``; ignores ``weight``."""
+        """Returns the scaled sum of random bases, ``(out_features, in_features)``."""
         left = (self.B * (self.scaling * self.randlora_lambda)).flatten(1)
         right = (self.A * self.randlora_gamma.unsqueeze(1)).flatten(0, 1)
         if self.out_features > self.in_features:

@@ -1,4 +1,4 @@
-"""The methods by name, and how budgets are made equal."""
+"""The adapter methods by name, and the check of their options."""
 
 from __future__ import annotations
 
@@ -31,11 +31,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
 
 
 def adapter_class(method: str) -> type[Adapter]:
-    """The class of a method.
-
-    Raises:
-        VlkrError: if there is no such method.
-    """
+    """Returns the class of a method; an unknown one raises :class:`VlkrError`."""
     if method not in ADAPTERS:
         near = difflib.get_close_matches(method, ADAPTERS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(ADAPTERS))}"
@@ -44,12 +40,12 @@ def adapter_class(method: str) -> type[Adapter]:
 
 
 def registered_name(adapter: Adapter) -> str:
-    """The name under which the adapter's class is registered."""
+    """Returns the name of the adapter's method."""
     return next(name for name, cls in ADAPTERS.items() if cls is type(adapter))
 
 
 def check_options(method: str, options: dict[str, Any]) -> None:
-    """Raises :class:`VlkrError` if an option is none of the method's, or of another type."""
+    """Raises :class:`VlkrError` for an option that the method lacks, or of a different type."""
     known = option_defaults(adapter_class(method))
     for name, value in options.items():
         if name not in known:

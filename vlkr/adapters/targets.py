@@ -1,6 +1,6 @@
-"""Which weights of a model can carry an adapter, and how a user names them.
+"""Finds the weights of a model that can carry an adapter, by the names that a user gives.
 
-Found by parameter names alone, so that every library's transformer is treated alike: a fused
+Only parameter names count, so that the transformers of all libraries are treated alike: a fused
 ``in_proj_weight`` or ``qkv`` is offered as row slices q, k and v and as a whole, split
 projections as they are.
 """
@@ -43,6 +43,15 @@ _LINEAR_NAMES = {
     "fc2": "fc2",
     "down_proj": "fc2",
 }
+#: layers of transformers' CLIPModel, by the slots of open_clip's ViT CLIP
+_TRANSFORMERS_NAMES = {
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.out": "self_attn.out_proj",
+    "mlp.c_fc.weight": "mlp.fc1",
+    "mlp.c_proj.weight": "mlp.fc2",
+}
 _TOWER_PREFIXES = {
     "visual": "visual",
     "vision_model": "visual",
@@ -73,13 +82,13 @@ class Target:
 
     @property
     def path(self) -> str:
-        """The name that patterns are matched against: ``...attn.q``, ``...mlp.c_fc``."""
+        """Name that patterns are matched against: ``...attn.q``, ``...mlp.c_fc``."""
         own_name = self.slot.parameter == "weight" and self.slot.rows is None
         return self.module if own_name else f"{self.module}.{self.name}".lstrip(".")
 
     @property
     def slot_name(self) -> str:
-        """The adapter's name in its host: of the slice, or of the parameter."""
+        """Name of the adapter in its host: that of the slice, or of the parameter."""
         whole = self.slot.parameter in ("weight", "bias") and self.slot.rows is None
         return self.slot.parameter if whole else self.name
 
@@ -90,13 +99,13 @@ class Target:
 
     @property
     def block(self) -> int | None:
-        """Index of the transformer block, from the first number in the module's name."""
+        """Index of the transformer block: the first number in the module's name."""
         match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", self.module)
         return int(match[1]) if match else None
 
 
 def candidates(model: nn.Module) -> Iterator[Target]:
-    """Every weight of ``model`` that can carry an adapter."""
+    """Yields every weight of ``model`` that can carry an adapter."""
     inside: set[nn.Module] = set()
     for path, module in model.named_modules():
         if module in inside:
@@ -118,7 +127,7 @@ def candidates(model: nn.Module) -> Iterator[Target]:
 
 
 def _attention_slots(module: nn.Module) -> Iterator[tuple[str, Slot]]:
-    """Weights that an attention module uses by itself, not through the linear layer's forward."""
+    """Yields weights that an attention module uses without calling a linear layer's forward."""
     own, qkv, out = module._parameters, _linear(module, "qkv"), _linear(module, "out_proj")
     fused, split = own.get("in_proj_weight"), own.get("q_proj_weight")
     if fused is not None:
@@ -152,7 +161,7 @@ def find_targets(
     towers: Sequence[str] = ("visual", "text"),
     blocks: Sequence[int] | None = None,
 ) -> list[Target]:
-    """The weights that short names or patterns, towers and blocks choose.
+    """Returns the weights that short names or patterns, towers and blocks choose.
 
     Args:
         model: any module.
@@ -173,33 +182,33 @@ def find_targets(
     if blocks is not None:
         within = _in_blocks(within, blocks)
     has_blocks = any(t.block is not None and t.name in SHORT_NAMES for t in everything)
-    found: dict[Target, None] = {}
+    chosen: dict[Target, None] = {}
     for pattern in targets:
         matched = [t for t in within if _matches(t, pattern, in_block=has_blocks)]
         if not matched and not (tuple(targets) == DEFAULT_TARGETS and pattern in SHORT_NAMES):
             raise VlkrError(_nothing_matched(pattern, within, everything))
-        found.update(dict.fromkeys(matched))
-    if not found:
+        chosen.update(dict.fromkeys(matched))
+    if not chosen:
         raise VlkrError(_nothing_matched(" ".join(targets), within, everything))
-    _check_overlap(list(found))
-    return [t for t in within if t in found]
+    _check_overlap(list(chosen))
+    return [t for t in within if t in chosen]
 
 
 def warn_of_untouched(
-    model: nn.Module, found: Sequence[Target], targets: Sequence[str], towers: Sequence[str]
+    model: nn.Module, matched: Sequence[Target], targets: Sequence[str], towers: Sequence[str]
 ) -> None:
-    """Warns of a tower, such as a ResNet, that has nothing of what short names mean.
+    """Warns of a tower, such as a ResNet, in which short names match nothing.
 
     Args:
         model: any module.
-        found: by :func:`find_targets`.
-        targets: short names; patterns say themselves what is meant.
-        towers: that were asked for.
+        matched: result of :func:`find_targets`.
+        targets: as given there; patterns raise no warning.
+        towers: as given there.
     """
     names = {targets} if isinstance(targets, str) else set(targets)
     if not names <= set(SHORT_NAMES):
         return
-    untouched = {t.tower for t in candidates(model)} - {t.tower for t in found}
+    untouched = {t.tower for t in candidates(model)} - {t.tower for t in matched}
     for tower in untouched.intersection(towers):
         warnings.warn(
             f"the {tower} tower has nothing to adapt under these names and stays as it is; "
@@ -209,21 +218,17 @@ def warn_of_untouched(
 
 
 def bias_targets(model: nn.Module, targets: Sequence[Target]) -> list[Target]:
-    """The biases that belong to weights.
-
-    Raises:
-        VlkrError: if a weight has none.
-    """
+    """Returns the biases that belong to weights; a missing one raises :class:`VlkrError`."""
     modules = dict(model.named_modules())
-    found: list[Target] = []
+    biases: list[Target] = []
     for target in targets:
         bias = target.slot.parameter.removesuffix("weight") + "bias"
         owner, _, name = bias.rpartition(".")
         if modules[target.module].get_submodule(owner)._parameters.get(name) is None:
             raise VlkrError(f"{target.path} has no bias to adapt; choose other targets")
         slot = target.slot._replace(parameter=bias)
-        found.append(replace(target, slot=slot, name=f"{target.name}_bias"))
-    return found
+        biases.append(replace(target, slot=slot, name=f"{target.name}_bias"))
+    return biases
 
 
 def _matches(target: Target, pattern: str, *, in_block: bool) -> bool:
@@ -271,3 +276,19 @@ def _check_overlap(targets: list[Target]) -> None:
                 f"{t.module} would be adapted both as a whole and as its slice {t.name!r}; "
                 "choose either qkv or q, k, v"
             )
+
+
+def transformers_name(key: str) -> str | None:
+    """Returns the linear layer of transformers' ``CLIPModel`` for a slot of open_clip's ViT CLIP.
+
+    Args:
+        key: module and slot, as :attr:`InjectedAdapter.key`.
+
+    >>> transformers_name("visual.transformer.resblocks.3.attn.q")
+    'vision_model.encoder.layers.3.self_attn.q_proj'
+    """
+    match = re.fullmatch(r"(?:(visual)\.|text\.)?transformer\.resblocks\.(\d+)\.(.+)", key)
+    if match is None or match[3] not in _TRANSFORMERS_NAMES:
+        return None
+    tower = "vision_model" if match[1] else "text_model"
+    return f"{tower}.encoder.layers.{match[2]}.{_TRANSFORMERS_NAMES[match[3]]}"

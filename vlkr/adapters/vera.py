@@ -15,14 +15,14 @@ class VeRA(Adapter):
 
     ``delta = diag(vera_b) @ B @ diag(vera_d) @ A`` with frozen random ``A (rank, in_features)``
     and ``B (out_features, rank)``, Kaiming-scaled, the same for all weights of a shape and not
-    saved. ``vera_b (out_features)`` starts at zero and ``vera_d (rank)`` at ``d_initial``.
+    saved. ``vera_b (out_features)`` is initialized to zero, ``vera_d (rank)`` to ``d_initial``.
 
     Args:
         in_features: columns of the base weight.
         out_features: rows of the base weight.
-        rank: the inner size.
-        d_initial: start of ``vera_d``.
-        seed: of the random matrices.
+        rank: inner size.
+        d_initial: initial value of ``vera_d``.
+        seed: seed of the random matrices.
 
     Raises:
         VlkrError: if ``rank`` is below 1.
@@ -59,11 +59,11 @@ class VeRA(Adapter):
         self.register_buffer("B", b, persistent=False)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        """``(out_features, in_features)``; ignores ``weight``."""
+        """Returns the scaled product of the frozen matrices, ``(out_features, in_features)``."""
         return self.vera_b.unsqueeze(1) * ((self.B * self.vera_d) @ self.A)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The low-rank path, ``(..., in_features)`` to ``(..., out_features)``."""
+        """Applies the low-rank path, ``(..., in_features)`` to ``(..., out_features)``."""
         hidden = F.linear(x, self.A.to(x.dtype))
         y = F.linear(hidden * self.vera_d.to(hidden.dtype), self.B.to(hidden.dtype))
         return y * self.vera_b.to(y.dtype)

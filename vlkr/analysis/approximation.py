@@ -197,9 +197,10 @@ class Approximation:
         labels = [f"{n}\n(eff. rank {r:.0f})" for n, r in zip(self.targets, ranks, strict=True)]
         axes.set_xticks(range(len(ranks)), labels, fontsize=8)
         axes.set_ylabel("relative Frobenius error")
-        trained = any(row.trained for row in self.rows)
         title = "Error of each method; black lines: its optimum"
-        axes.set_title(title if trained else "The least error of each method", loc="left")
+        if not any(row.trained for row in self.rows):
+            title = "The least error of each method"
+        axes.set_title(title, loc="left")
         handles = [Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
         figure.legend(handles, list(colors), fontsize=8, ncols=8, loc="outside lower center")
         plain(axes)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,7 +148,7 @@ def approximate(
     benchmark = _Benchmark(
         {name: [m.to(place) for m in made] for name, made in matrices.items()},
         methods or list(AUTHORS_METHODS if authors else DEFAULT_METHODS),
-        authors_method if authors else lambda *size: sized_method(*size, num_terms),
+        authors_method if authors else partial(sized_method, num_terms=num_terms),
         Recipe(iterations, lr, weight_decay),
         numbers,
     )

@@ -10,6 +10,7 @@ an error that it swallowed.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,14 +23,11 @@ from torch import Tensor, nn
 from vlkr.adapters.base import Adapter, option_defaults
 from vlkr.adapters.budget import match_budget
 from vlkr.adapters.kradapter import KRAdapter
-from vlkr.adapters.krona import KronA
 from vlkr.adapters.lora import LoRA
-from vlkr.adapters.projection import project
 from vlkr.adapters.randlora import RandLoRA
-from vlkr.adapters.registry import adapter_class, check_options, registered_name
+from vlkr.adapters.registry import adapter_class, check_options
 from vlkr.adapters.sinlora import SinLoRA
 from vlkr.errors import VlkrError
-from vlkr.functional import project_kronecker
 
 DEFAULT_METHODS = (
     "lora",
@@ -158,15 +156,11 @@ def optimum(adapter: Adapter, target: Tensor) -> Tensor | None:
         The weight update, or None for a method without a closed form. For a KRAdapter whose
         factors do not fill the long side exactly, its error is an upper bound on the optimum's.
     """
-    if type(adapter) is LoRA or (type(adapter) is KRAdapter and adapter.num_factors == 2):
-        return project(target, registered_name(adapter), **adapter.options()).delta().detach()
-    if type(adapter) is KronA:
-        left, right = project_kronecker(
-            target, adapter.krona_A.shape[1:], num_terms=adapter.num_terms
-        )
-        blocks = torch.einsum("tac,tbd->abcd", left, right)
-        return blocks.flatten(2, 3).flatten(0, 1)
-    return None
+    if not adapter.has_closed_form:
+        return None
+    nearest = copy.deepcopy(adapter)
+    nearest.fit_to(target)
+    return nearest.delta().detach()
 
 
 class AuthorsRandLoRA(RandLoRA):

@@ -259,7 +259,7 @@ def _explain(error: CycloptsError) -> str:
             return f"unexpected argument {name!r}"
         return f"unknown option {name}{_nearest(name, known)}"
     if isinstance(error, ValidationError) and error.argument is not None:
-        from vlkr.config import describe_error
+        from vlkr.validation import describe_error
 
         return describe_error(error.__cause__, error.argument.name.lstrip("-"))
     text = re.sub(r'"?\[([\w.]+)\]"?', r"\1", str(error))

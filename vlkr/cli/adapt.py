@@ -7,7 +7,7 @@ from typing import Any
 
 from vlkr.cli.options import Switch, typed
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 
 
 def adapt(
@@ -16,7 +16,7 @@ def adapt(
     model: str = "tiny",
     pretrained: str | None = None,
     adapter: AdapterConfig = AdapterConfig(),
-    data: DataOptions = DataOptions(),
+    data: DataConfig = DataConfig(),
     optimizer: OptimizerConfig = OptimizerConfig(),
     trainer: TrainerConfig = TrainerConfig(),
     seed: int = 1,
@@ -43,7 +43,7 @@ def adapt(
             requeues does so by itself.
         force: allow a non-empty output folder.
     """
-    from vlkr.training.adapt import adapt
+    from vlkr.training.recipe import adapt
 
     return adapt(
         output, model, pretrained, typed(adapter), data, optimizer, trainer, seed, resume, force
@@ -74,7 +74,7 @@ def project(
         adapter: method (``kradapter`` or ``lora``), its options and targets.
         force: replace an existing adapter.
     """
-    from vlkr.training.project import project_fine_tune
+    from vlkr.training.recipe import project_fine_tune
 
     return project_fine_tune(
         output, base, tuned, base_pretrained, tuned_pretrained, typed(adapter), force

@@ -41,7 +41,7 @@ def pack(
         force: replace the shards in ``dest``.
     """
     options = locals()
-    from vlkr.datasets.pack import pack
+    from vlkr.datasets.packing import pack
 
     return pack(**options)
 
@@ -63,7 +63,7 @@ def verify(
         num_workers: processes that read and decode.
         allow_commands: let the source ``pipe:COMMAND`` run.
     """
-    from vlkr.datasets.verify import verify
+    from vlkr.datasets.inspect import verify
 
     return verify(source, test_fraction, num_workers, allow_commands)
 
@@ -85,7 +85,7 @@ def info(
         num_workers: processes that read.
         allow_commands: let the source ``pipe:COMMAND`` run.
     """
-    from vlkr.datasets.info import info
+    from vlkr.datasets.inspect import info
 
     return info(source, output, test_fraction, num_workers, allow_commands)
 
@@ -97,6 +97,6 @@ def list_cards(*, suite: str | None = None) -> Any:
         suite: only those of a benchmark: ``coop``, ``kradapter``, ``imagenet-shift``,
             ``domainbed`` or ``vtab``.
     """
-    from vlkr.datasets.listing import list_cards
+    from vlkr.datasets.catalog import list_cards
 
     return list_cards(suite)

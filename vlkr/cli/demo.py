@@ -12,7 +12,7 @@ from rich.console import Console
 
 from vlkr.cli.options import Switch
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
-from vlkr.datasets import DataOptions, load_dataset
+from vlkr.datasets import DataConfig, load_dataset
 from vlkr.files import check_free, write_json, write_text
 from vlkr.reporting.table import Table, caption, mean_std
 
@@ -116,7 +116,7 @@ def _run(output: Path, quick: bool, force: bool) -> DemoResult:
     from vlkr.export.export import export
     from vlkr.models.clip import load_clip
     from vlkr.models.names import TINY
-    from vlkr.training.adapt import adapt
+    from vlkr.training.recipe import adapt
 
     seeds, epochs = ([1], 2) if quick else ([1, 2, 3], 20)
     home = load_dataset("digits")
@@ -131,7 +131,7 @@ def _run(output: Path, quick: bool, force: bool) -> DemoResult:
                 run = adapt(
                     output / "runs" / f"{method}-seed{seed}",
                     adapter=AdapterConfig(method, match={"lora": "kradapter"}.get(method)),
-                    data=DataOptions("digits", shots=16, crop_scale=(0.7, 1.0), flip=False),
+                    data=DataConfig("digits", shots=16, crop_scale=(0.7, 1.0), flip=False),
                     trainer=TrainerConfig(epochs=epochs, accelerator="cpu"),
                     seed=seed,
                     force=force,

@@ -26,9 +26,9 @@ from vlkr.adapters import remove_adapters
 from vlkr.adapters.hosts import adapter_layers
 from vlkr.comparison.plan import Cell
 from vlkr.comparison.results import CellFolder
-from vlkr.datasets import Dataset, FewShotDataModule
-from vlkr.datasets.loading import to_tensor
+from vlkr.datasets import Dataset
 from vlkr.datasets.samples import View
+from vlkr.datasets.splits import draw_split
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate_model
 from vlkr.evaluation.features import Features, image_features
@@ -192,8 +192,8 @@ def linear_probe(bundle: ClipBundle, cell: Cell, device: str) -> tuple[Evaluatio
         )
 
     dataset = cell.config.data.load()
-    data = FewShotDataModule(dataset, cell.config.data, seed, to_tensor, to_tensor)
-    few = replace(dataset, splits={"train": View(data.pool, times=data.train_keys)}, sizes={})
+    drawn = draw_split(dataset, cell.config.data, seed)
+    few = replace(dataset, splits={"train": View(drawn.pool, times=drawn.train_keys)}, sizes={})
     validation = validation_set(cell.config.data, seed)
     val = None if validation is None else features(validation, "val")
     probe, strength, val_acc1 = fit_probe(features(few, "train"), val)
@@ -212,7 +212,7 @@ def linear_probe(bundle: ClipBundle, cell: Cell, device: str) -> tuple[Evaluatio
     }
     return Evaluation(results, context), {
         "parameters": int(probe.coef_.size + probe.intercept_.size),
-        "train_images": len(data.train_keys),
+        "train_images": len(drawn.train_keys),
         "options": {"C": strength},
         "val_acc1": val_acc1,
     }

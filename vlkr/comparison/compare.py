@@ -36,7 +36,7 @@ from vlkr.comparison.plan import (
 from vlkr.comparison.report import Picture, Report, standard_report
 from vlkr.comparison.results import GridResults, SelectedRuns
 from vlkr.comparison.tables import Values, compare_to_reference, mean_over, mean_row, method_table
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
 from vlkr.reporting.table import Table, mean_std
 
@@ -46,7 +46,7 @@ class Source:
     """A dataset to adapt to, and the sets to evaluate on, its own test split first."""
 
     name: str
-    data: DataOptions
+    data: DataConfig
     sets: tuple[EvalSet, ...]
 
 

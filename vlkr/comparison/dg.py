@@ -36,7 +36,7 @@ from vlkr.comparison.tables import (
     mean_row,
     method_table,
 )
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
 from vlkr.reporting.table import mean_std
 
@@ -67,7 +67,7 @@ def run_dg(
         VlkrError: for a dataset without domains, or any option that does not make sense, before
             anything is written.
     """
-    if grid.data.test_fraction != DataOptions.test_fraction:
+    if grid.data.test_fraction != DataConfig.test_fraction:
         raise VlkrError(
             f"data.test_fraction {grid.data.test_fraction} does not go with dg, whose holdout is "
             f"{holdout}"
@@ -83,7 +83,7 @@ def run_dg(
     )
 
 
-def _domains(grid: GridConfig, data: DataOptions, selection: Selection) -> list[str]:
+def _domains(grid: GridConfig, data: DataConfig, selection: Selection) -> list[str]:
     name = dataset_name(data)
     dataset = load_or_describe(data, needed=not grid.dry_run)
     domains = list(dataset.domains if dataset is not None else data.domains or ())
@@ -99,7 +99,7 @@ def _domains(grid: GridConfig, data: DataOptions, selection: Selection) -> list[
 
 
 def dg_plan(
-    grid: GridConfig, data: DataOptions, domains: Sequence[str], selection: Selection
+    grid: GridConfig, data: DataConfig, domains: Sequence[str], selection: Selection
 ) -> Plan:
     """Returns the cells of a domain generalization.
 

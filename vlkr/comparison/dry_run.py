@@ -10,11 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from vlkr.adapters import find_targets
-from vlkr.adapters.registry import adapter_class
-from vlkr.adapters.targets import bias_targets
+from vlkr.adapters import count_parameters
 from vlkr.comparison.plan import Cell, Plan
-from vlkr.datasets import DataOptions, Dataset
+from vlkr.datasets import DataConfig, Dataset
 from vlkr.errors import VlkrError
 from vlkr.reporting.table import Table, caption, value_range
 
@@ -114,7 +112,7 @@ class _Sizes:
                 self.missing[name] = str(error)
         return self.known[key]
 
-    def dataset(self, data: DataOptions) -> Dataset | None:
+    def dataset(self, data: DataConfig) -> Dataset | None:
         about = {**asdict(data), "shots": 1, "min_steps_per_epoch": 1}
         key = json.dumps(about, sort_keys=True, default=str)
         name = str(data.root or data.name)
@@ -127,7 +125,7 @@ class _Sizes:
         model: nn.Module | None = self._once(f"model {name}", name, lambda: load_shapes(name))
         return model
 
-    def images(self, data: DataOptions, split: str) -> int | None:
+    def images(self, data: DataConfig, split: str) -> int | None:
         dataset = self.dataset(data)
         if dataset is None:
             return None
@@ -179,11 +177,7 @@ class _Sizes:
 
         def count() -> int:
             resolved = cell.config.resolved(model, cell.match_options).adapter
-            method = adapter_class(resolved.name)
-            targets = find_targets(model, **resolved.place())
-            targets = bias_targets(model, targets) if method.adapts_bias else targets
-            sizes = ((target.in_features, target.out_features) for target in targets)
-            return sum(method.num_parameters(*size, **resolved.options) for size in sizes)
+            return count_parameters(resolved.name, model, **resolved.place(), **resolved.options)
 
         number: int | None = self._once(key, adapter.name, count)
         if number is None or hasattr(model, "encode_text"):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vlkr.config import OptimizerConfig, TrainerConfig
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 
 ZERO_SHOT, PROBE = "zero-shot", "probe"
 Selection = Literal["training-domain", "leave-one-domain-out", "oracle"]
@@ -80,7 +80,7 @@ class GridConfig:
     targets: list[str] = field(default_factory=lambda: ["q", "k", "v", "out", "fc1", "fc2"])
     towers: list[str] = field(default_factory=lambda: ["visual", "text"])
     blocks: list[int] | None = None
-    data: DataOptions = DataOptions()
+    data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
     jobs: int = 1

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 from vlkr.comparison.methods import CellKind, Method
 from vlkr.comparison.options import ZERO_SHOT, GridConfig
-from vlkr.config import from_plain
-from vlkr.datasets import DataOptions, Dataset
+from vlkr.datasets import DataConfig, Dataset
 from vlkr.errors import VlkrError
 from vlkr.files import json_sha256, resource
 from vlkr.models.names import absolute_names
 from vlkr.runs import RunConfig
+from vlkr.validation import from_plain
 
 #: names of a place in the grid, e.g. ``{"dataset": "digits", "shots": 4}``.
 Place = dict[str, Any]
@@ -36,7 +36,7 @@ class EvalSet:
     """
 
     name: str
-    data: DataOptions
+    data: DataConfig
     split: str = "test"
 
     def load(self) -> Dataset:
@@ -101,7 +101,7 @@ class Cell:
             value["kind"],
             RunConfig.from_plain({**value, "seed": value["seed"] or 0}),
             tuple(
-                EvalSet(part["name"], from_plain(DataOptions, part["data"], "data"), part["split"])
+                EvalSet(part["name"], from_plain(DataConfig, part["data"], "data"), part["split"])
                 for part in value["sets"]
             ),
             value["match_options"],
@@ -199,7 +199,7 @@ def grid_cells(
     grid: GridConfig,
     method: Method,
     where: tuple[object, ...],
-    data: DataOptions,
+    data: DataConfig,
     sets: Sequence[EvalSet],
 ) -> list[SettingCells]:
     """Returns a method's cells in one place of the grid, for each of its settings.
@@ -249,7 +249,7 @@ def slug(*parts: object) -> str:
     return "-".join(re.sub(r"[^\w.=+]+", "_", str(part)) for part in parts)
 
 
-def with_dataset(reference: str, data: DataOptions) -> DataOptions:
+def with_dataset(reference: str, data: DataConfig) -> DataConfig:
     """Returns the data options with a different dataset: a card's name, a URL, or a path."""
     is_card = resource(f"data/{reference}.yaml").is_file()
     if is_card or not Path(reference).exists():
@@ -257,22 +257,22 @@ def with_dataset(reference: str, data: DataOptions) -> DataOptions:
     return replace(data, name=None, root=Path(reference).resolve())
 
 
-def eval_only(reference: str, data: DataOptions) -> DataOptions:
+def eval_only(reference: str, data: DataConfig) -> DataConfig:
     """Returns options for a dataset to evaluate on with the prompts of ``data``."""
-    shared = DataOptions(
+    shared = DataConfig(
         templates=data.templates, test_fraction=data.test_fraction, num_workers=data.num_workers
     )
     return with_dataset(reference, shared)
 
 
-def dataset_name(data: DataOptions) -> str:
+def dataset_name(data: DataConfig) -> str:
     """Returns a dataset's name in tables; raises :class:`VlkrError` if there is none."""
     if data.name is None and data.root is None:
         raise VlkrError("no dataset: give --data.name CARD or --data.root FOLDER")
     return data.label if data.root is None else data.root.name
 
 
-def eval_sets(datasets: Sequence[DataOptions]) -> tuple[EvalSet, ...]:
+def eval_sets(datasets: Sequence[DataConfig]) -> tuple[EvalSet, ...]:
     """Returns their test splits by name; raises :class:`VlkrError` if two share a name."""
     sets = tuple(EvalSet(dataset_name(data), data) for data in datasets)
     check_unique([eval_set.name for eval_set in sets])
@@ -286,7 +286,7 @@ def check_unique(names: Sequence[str]) -> None:
             raise VlkrError(f"two datasets are named {name!r}; rename one of the folders")
 
 
-def load_or_describe(data: DataOptions, *, needed: bool) -> Dataset | None:
+def load_or_describe(data: DataConfig, *, needed: bool) -> Dataset | None:
     """Returns the dataset, or what its card says if it is absent; None without a card.
 
     Raises:

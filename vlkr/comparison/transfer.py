@@ -32,7 +32,7 @@ from vlkr.comparison.plan import (
 from vlkr.comparison.report import Picture, Report, standard_report
 from vlkr.comparison.results import GridResults, SelectedRuns
 from vlkr.comparison.tables import Values, compare_to_reference, method_table
-from vlkr.datasets import DataOptions
+from vlkr.datasets import DataConfig
 from vlkr.errors import VlkrError
 from vlkr.evaluation.metrics import base_to_new
 from vlkr.models.names import is_timm
@@ -172,7 +172,7 @@ def _by_method(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
     return labeled
 
 
-def _sets(grid: GridConfig, data: DataOptions, datasets: list[str] | None) -> list[EvalSet]:
+def _sets(grid: GridConfig, data: DataConfig, datasets: list[str] | None) -> list[EvalSet]:
     name = dataset_name(data)
     if data.classes == "new":
         raise VlkrError("data.classes 'new' cannot be adapted to, expected 'base' or 'all'")

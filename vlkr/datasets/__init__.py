@@ -8,18 +8,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vlkr.datasets.few_shot import FewShotSplit, few_shot_split
-from vlkr.datasets.options import DataOptions
+from vlkr.datasets.options import DataConfig
 from vlkr.datasets.registry import Dataset, load_dataset
 from vlkr.datasets.samples import BadSample, FileSource, Sample, Source, View
 from vlkr.datasets.shards import ShardSource
+from vlkr.datasets.split_files import FewShotSplit
+from vlkr.datasets.splits import few_shot_split
 
 if TYPE_CHECKING:
-    from vlkr.datasets.datamodule import FewShotDataModule
+    from vlkr.datasets.training import FewShotDataModule
 
 __all__ = [
     "BadSample",
-    "DataOptions",
+    "DataConfig",
     "Dataset",
     "FewShotDataModule",
     "FewShotSplit",
@@ -35,5 +36,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "FewShotDataModule":
-        return importlib.import_module("vlkr.datasets.datamodule").FewShotDataModule
+        return importlib.import_module("vlkr.datasets.training").FewShotDataModule
     raise AttributeError(f"module 'vlkr.datasets' has no attribute {name!r}")

@@ -13,7 +13,7 @@ from rich.progress import TextColumn
 from torch import Tensor, nn
 
 from vlkr.caching import cached_tensors
-from vlkr.datasets import DataOptions, Dataset, load_dataset
+from vlkr.datasets import DataConfig, Dataset, load_dataset
 from vlkr.errors import VlkrError
 from vlkr.evaluation.features import EvalModel, evaluation_mode, feature_batches
 from vlkr.evaluation.metrics import effective_robustness, measure, open_set_auroc
@@ -97,7 +97,7 @@ def evaluate(
     else:
         bundle = load_model(str(model), pretrained)
         datasets = datasets or ["digits"]
-    test_fraction = DataOptions.test_fraction if test_fraction is None else test_fraction
+    test_fraction = DataConfig.test_fraction if test_fraction is None else test_fraction
     loaded = with_shifts(first, datasets or [], shifts, templates, test_fraction)
     if references:
         check_references(references, loaded, split)

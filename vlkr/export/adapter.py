@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlkr.adapters import LoRA, load_adapter, save_adapter
-from vlkr.adapters.foreign import transformers_name
 from vlkr.adapters.inject import InjectedAdapter, injected_adapters
+from vlkr.adapters.targets import transformers_name
 from vlkr.errors import VlkrError
 from vlkr.export.formats import Classifier, Exported, ExportInput, Format, Manifest
 from vlkr.export.hf_clip import clip_mismatch
@@ -45,11 +45,11 @@ class ExportedAdapter(Exported):
         self.preprocess = self.bundle.preprocess
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Run the adapted image tower."""
+        """Runs the adapted image tower."""
         return encode_image(self.bundle.model, pixels)
 
     def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor:
-        """Run the adapted text tower."""
+        """Runs the adapted text tower."""
         return encode_text(self.bundle.model, tokens.to(self.device))
 
 
@@ -70,7 +70,7 @@ vlkr.load_adapter(model, "{folder}")
             self.library, self.snippet = "peft", _PEFT_SNIPPET
 
     def contents(self) -> str:
-        """Return a paragraph about factors and configuration."""
+        """Returns a paragraph about factors and configuration."""
         if self.lora is None:
             return (
                 "The adapter without the base model, in vlkr's own terms: `adapter_config.json` "
@@ -84,7 +84,7 @@ vlkr.load_adapter(model, "{folder}")
         )
 
     def write(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write factors and configuration."""
+        """Writes factors and configuration."""
         adapted = self.source.adapted
         if self.lora is None:
             save_adapter(adapted.model, folder, base_model=adapted.label, dtype=dtype, force=True)
@@ -99,7 +99,7 @@ vlkr.load_adapter(model, "{folder}")
 
 
 def _transformers_lora(source: ExportInput) -> dict[str, tuple[Tensor, Tensor]] | None:
-    """Return factors A and B by the names of ``CLIPModel``'s linear layers, if all have one."""
+    """Returns factors A and B by the names of ``CLIPModel``'s linear layers, if all have one."""
     placed = injected_adapters(source.adapted.model)
     if type(placed[0].adapter) is not LoRA or clip_mismatch(source.merged) is not None:
         return None
@@ -113,7 +113,7 @@ def _transformers_lora(source: ExportInput) -> dict[str, tuple[Tensor, Tensor]] 
 
 
 def _split(placed: InjectedAdapter) -> list[tuple[str, Tensor, Tensor]]:
-    """Return key and factors; those of a fused qkv as three that share A."""
+    """Returns key and factors; those of a fused qkv as three that share A."""
     a, b = placed.adapter.get_parameter("lora_A"), placed.adapter.get_parameter("lora_B")
     if placed.name != "qkv":
         return [(placed.key, a, b)]
@@ -122,7 +122,7 @@ def _split(placed: InjectedAdapter) -> list[tuple[str, Tensor, Tensor]]:
 
 
 def _peft_config(source: ExportInput, names: list[str]) -> dict[str, Any]:
-    """Return the fields of peft's ``LoraConfig`` that differ from its defaults or identify it."""
+    """Returns the fields of peft's ``LoraConfig`` that differ from its defaults or identify it."""
     adapter = injected_adapters(source.adapted.model)[0].adapter
     assert isinstance(adapter, LoRA)
     alpha = adapter.rank if adapter.alpha is None else adapter.alpha

@@ -43,7 +43,7 @@ def model_card(
     folder: str,
     repository: str | None,
 ) -> str:
-    """Return a ``README.md`` with YAML front matter.
+    """Returns a ``README.md`` with YAML front matter.
 
     Args:
         source: the adapted model.
@@ -87,7 +87,7 @@ def model_card(
 
 
 def _template() -> Template:
-    """Return the template; what it inserts is shown as it is, without tags, links or cells."""
+    """Returns the template; what it inserts is shown as it is, without tags, links or cells."""
     environment = Environment(
         loader=PackageLoader("vlkr.export", ""),
         autoescape=False,
@@ -108,7 +108,7 @@ def _shortened(names: list[str]) -> str:
 
 
 def _selection(source: ExportInput) -> str:
-    """Return which images a run was trained on: ``16 shots, seed 1``."""
+    """Returns which images a run was trained on: ``16 shots, seed 1``."""
     options = {key: value for key, value in source.config.data.context().items() if value}
     shots = [f"{options.pop('shots')} shots"] if "shots" in options else []
     named = (f"{key} {value}" for key, value in options.items())
@@ -167,7 +167,7 @@ def _front_matter(source: ExportInput, format: Format, folder: str, data: str) -
 
 
 def base_licence(source: ExportInput) -> str | None:
-    """Return the base model's licence from its files, its card or timm; None if unknown."""
+    """Returns the base model's licence from its files, its card or timm; None if unknown."""
     name, pretrained = source.adapted.name, source.adapted.pretrained
     if is_timm(name) and pretrained is None:
         licence = getattr(source.merged.visual, "pretrained_cfg", {}).get("license")
@@ -186,13 +186,13 @@ def base_licence(source: ExportInput) -> str | None:
 
 
 def _base_name(name: str) -> str:
-    """Return a model's name without the folders of this machine."""
+    """Returns a model's name without the folders of this machine."""
     own = name.removeprefix("timm:")
     return Path(name).name if own.startswith(("local-dir:", "/")) else name
 
 
 def _base_repository(source: ExportInput) -> str | None:
-    """Return the base model's name on the hub, None for one that cannot be there."""
+    """Returns the base model's name on the hub, None for one that cannot be there."""
     name, pretrained = source.adapted.name, source.adapted.pretrained
     if not is_timm(name):
         name = hub_repository(name, pretrained) or _base_name(name)
@@ -204,7 +204,7 @@ def _base_repository(source: ExportInput) -> str | None:
 
 
 def is_repository(name: str) -> bool:
-    """Return whether a name could be a repository's on the hub."""
+    """Returns whether a name could be a repository's on the hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -213,7 +213,7 @@ def is_repository(name: str) -> bool:
 
 
 def check_repository(repository: str) -> None:
-    """Raise :class:`VlkrError` for an invalid name, or if there is no token to push with."""
+    """Raises :class:`VlkrError` for an invalid name, or if there is no token to push with."""
     if not is_repository(repository):
         raise VlkrError(f"{repository!r} is not a repository, expected ORG/NAME")
     if get_token() is None:
@@ -221,7 +221,7 @@ def check_repository(repository: str) -> None:
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a folder as one commit, to a new repository if there is none.
+    """Uploads a folder as one commit, to a new repository if there is none.
 
     Returns:
         The repository's address.

@@ -66,7 +66,7 @@ class ExportResult:
     exit_code: ClassVar[int] = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields."""
+        """Returns all fields."""
         return {
             "folder": str(self.folder),
             "format": self.format,
@@ -76,11 +76,11 @@ class ExportResult:
         }
 
     def tables(self) -> list[Table]:
-        """Return none."""
+        """Returns none."""
         return []
 
     def lines(self) -> list[str]:
-        """Return where the export is and how it agrees with the adapted model."""
+        """Returns where the export is and how it agrees with the adapted model."""
         pushed = "" if self.address is None else f" Pushed to {self.address}."
         return [
             f"Exported to {self.folder} ({self.format}, {self.dtype}). "
@@ -97,7 +97,7 @@ def export(
     force: bool = False,
     push_to_hub: str | None = None,
 ) -> ExportResult:
-    """Write a run's adapted model in a form that needs no vlkr.
+    """Writes a run's adapted model in a form that needs no vlkr.
 
     The adapters are merged in fp32 and then cast. The export is loaded again and compared with the
     adapted model on the run's test images before it gets its name.
@@ -160,7 +160,7 @@ def export(
 
 @torch.no_grad()
 def load_input(run: Path, alpha: float) -> tuple[ExportInput, Dataset]:
-    """Return a run's adapted model, ready for export, and its dataset.
+    """Returns a run's adapted model, ready for export, and its dataset.
 
     Args:
         run: written by ``vlkr adapt``.
@@ -196,7 +196,7 @@ def load_input(run: Path, alpha: float) -> tuple[ExportInput, Dataset]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read what an export says about itself.
+    """Reads what an export says about itself.
 
     Raises:
         VlkrError: if the folder does not hold an export, or its manifest is damaged.
@@ -217,7 +217,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def load_export(folder: Path, device: str = "cpu") -> Exported:
-    """Load an export by the library that its format is made for.
+    """Loads an export by the library that its format is made for.
 
     Raises:
         VlkrError: if the folder does not hold an export, or is damaged.
@@ -245,7 +245,7 @@ def load_export(folder: Path, device: str = "cpu") -> Exported:
 
 @torch.inference_mode()
 def _try_out(exported: Exported) -> None:
-    """Classify a black image: no reader notices some kinds of damage before the first image."""
+    """Classifies a black image: no reader notices some kinds of damage before the first image."""
     pixels = exported.preprocess(Image.new("RGB", (64, 64)))
     logits = exported.logits(pixels[None].to(exported.device))
     expected = (1, len(exported.classifier.class_names))

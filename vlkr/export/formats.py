@@ -61,7 +61,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, bundle: ClipBundle) -> Preprocessing:
-        """Return the settings of a model.
+        """Returns the settings of a model.
 
         Raises:
             VlkrError: for resize settings that no format can express.
@@ -93,15 +93,15 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Preprocessing:
-        """Rebuild the settings from :meth:`to_json`."""
+        """Rebuilds the settings from :meth:`to_json`."""
         return cls(**(value | {key: tuple(value[key]) for key in ("size", "mean", "std")}))
 
     def to_json(self) -> dict[str, Any]:
-        """Return all settings by name."""
+        """Returns all settings by name."""
         return asdict(self)
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """Return the transform itself, PIL image to ``(3, height, width)``."""
+        """Returns the transform itself, PIL image to ``(3, height, width)``."""
         if self.crop_pct == 1:
             cfg = self.to_json()
             del cfg["crop_pct"]
@@ -119,7 +119,7 @@ class Preprocessing:
         return composed
 
     def timm(self) -> dict[str, Any]:
-        """Return the settings as entries of timm's ``pretrained_cfg``.
+        """Returns the settings as entries of timm's ``pretrained_cfg``.
 
         Raises:
             VlkrError: if timm cannot express them.
@@ -136,7 +136,7 @@ class Preprocessing:
         }
 
     def transformers(self) -> dict[str, Any]:
-        """Return the settings as arguments of transformers' ``CLIPImageProcessor``.
+        """Returns the settings as arguments of transformers' ``CLIPImageProcessor``.
 
         Raises:
             VlkrError: if transformers cannot express them.
@@ -181,11 +181,11 @@ class Classifier:
     logit_scale: float
 
     def logits(self, image_features: Tensor) -> Tensor:
-        """Map ``(batch, embed_dim)``, unit norm, to ``(batch, num_classes)``."""
+        """Maps ``(batch, embed_dim)``, unit norm, to ``(batch, num_classes)``."""
         return self.logit_scale * image_features @ self.class_embeddings.T
 
     def to(self, device: torch.device) -> Classifier:
-        """Return the same classifier on another device."""
+        """Returns the same classifier on another device."""
         moved = self.class_embeddings.to(device)
         return Classifier(self.class_names, self.templates, moved, self.logit_scale)
 
@@ -275,10 +275,10 @@ class Exported(ABC):
 
     @abstractmethod
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Map ``(batch, 3, height, width)`` to unit norm ``(batch, embed_dim)``, fp32."""
+        """Maps ``(batch, 3, height, width)`` to unit norm ``(batch, embed_dim)``, fp32."""
 
     def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor | None:
-        """Return unit norm ``(num_texts, embed_dim)``, fp32; None without a text encoder.
+        """Returns unit norm ``(num_texts, embed_dim)``, fp32; None without a text encoder.
 
         Args:
             texts: for a format with its own tokenizer.
@@ -287,7 +287,7 @@ class Exported(ABC):
         return None
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """Map ``(batch, 3, height, width)`` to ``(batch, num_classes)``, fp32."""
+        """Maps ``(batch, 3, height, width)`` to ``(batch, num_classes)``, fp32."""
         return self.classifier.logits(self.image_features(pixels))
 
 
@@ -312,15 +312,15 @@ class Format(ABC):
 
     @abstractmethod
     def contents(self) -> str:
-        """Return a paragraph of Markdown about the files."""
+        """Returns a paragraph of Markdown about the files."""
 
     @abstractmethod
     def write(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write weights and preprocessing into an existing folder."""
+        """Writes weights and preprocessing into an existing folder."""
 
 
 def get_format(name: str) -> type[Format]:
-    """Return a format by its name.
+    """Returns a format by its name.
 
     Raises:
         VlkrError: if it is unknown, or its library is not installed.
@@ -333,7 +333,7 @@ def get_format(name: str) -> type[Format]:
 
 @contextmanager
 def named_if_missing(user: str) -> Iterator[None]:
-    """Raise :class:`VlkrError` for a library that ``user`` needs and that is not installed."""
+    """Raises :class:`VlkrError` for a library that ``user`` needs and that is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -343,7 +343,7 @@ def named_if_missing(user: str) -> Iterator[None]:
 
 
 def require_text(source: ExportInput, format_name: str) -> None:
-    """Raise :class:`VlkrError` for a model without a text tower."""
+    """Raises :class:`VlkrError` for a model without a text tower."""
     if not source.adapted.has_text:
         raise VlkrError(
             f"model {source.adapted.name!r} has no text tower, and format {format_name} holds "
@@ -352,7 +352,7 @@ def require_text(source: ExportInput, format_name: str) -> None:
 
 
 def cast_tensors(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Cast merged weights once; scalars and integers keep their dtype."""
+    """Casts merged weights once; scalars and integers keep their dtype."""
     return {
         key: tensor.to(dtype) if tensor.is_floating_point() and tensor.numel() > 1 else tensor
         for key, tensor in tensors.items()
@@ -360,5 +360,5 @@ def cast_tensors(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Te
 
 
 def unit_norm(features: Tensor) -> Tensor:
-    """Return features in fp32 with norm 1."""
+    """Returns features in fp32 with norm 1."""
     return F.normalize(features.float(), dim=-1)

@@ -30,7 +30,7 @@ OUTPUTS = {
 
 
 class ImageEncoder(nn.Module):
-    """Map normalized fp32 pixels to unit norm ``(batch, embed_dim)``, fp32."""
+    """Maps normalized fp32 pixels to unit norm ``(batch, embed_dim)``, fp32."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -38,24 +38,24 @@ class ImageEncoder(nn.Module):
         self.dtype = dtype
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Map ``(batch, 3, height, width)`` to ``(batch, embed_dim)``."""
+        """Maps ``(batch, 3, height, width)`` to ``(batch, embed_dim)``."""
         return unit_norm(encode_image(self.model, pixel_values.to(self.dtype)))
 
 
 class TextEncoder(nn.Module):
-    """Map token ids to unit norm ``(num_texts, embed_dim)``, fp32."""
+    """Maps token ids to unit norm ``(num_texts, embed_dim)``, fp32."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Map ``(num_texts, context_length)``, int64, to ``(num_texts, embed_dim)``."""
+        """Maps ``(num_texts, context_length)``, int64, to ``(num_texts, embed_dim)``."""
         return unit_norm(self.model.encode_text(input_ids))  # type: ignore[operator]
 
 
 class ImageClassifier(nn.Module):
-    """Map pixels to the logits of the run's classes, whose embeddings are constants."""
+    """Maps pixels to the logits of the run's classes, whose embeddings are constants."""
 
     def __init__(self, encoder: ImageEncoder, class_embeddings: Tensor, scale: float) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class ImageClassifier(nn.Module):
         self.register_buffer("weight", scale * class_embeddings)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Map ``(batch, 3, height, width)`` to ``(batch, num_classes)``."""
+        """Maps ``(batch, 3, height, width)`` to ``(batch, num_classes)``."""
         features: Tensor = self.encoder(pixel_values)
         return features @ self.weight.T
 
@@ -72,7 +72,7 @@ class ImageClassifier(nn.Module):
 def trace(
     source: ExportInput, dtype: torch.dtype, names: Collection[str] = INPUTS.keys()
 ) -> Iterator[tuple[str, ExportedProgram]]:
-    """Yield the graphs by name, each for any batch size; no text encoder without a text tower.
+    """Yields the graphs by name, each for any batch size; no text encoder without a text tower.
 
     Args:
         source: the adapted model.
@@ -115,7 +115,7 @@ def trace(
 
 
 def graph_metadata(source: ExportInput) -> dict[str, Any]:
-    """Return what a program needs in addition to a graph."""
+    """Returns what a program needs in addition to a graph."""
     head = source.classifier
     return {
         "labels": list(head.class_names),
@@ -127,7 +127,7 @@ def graph_metadata(source: ExportInput) -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress warnings and log lines that tracers address to their own developers."""
+    """Suppresses warnings and log lines that tracers address to their own developers."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -139,7 +139,7 @@ def quiet() -> Iterator[None]:
 
 
 def _part(model: nn.Module, children: list[str], dtype: torch.dtype) -> nn.Module:
-    """Return the model without the weights that one encoder does not use."""
+    """Returns the model without the weights that one encoder does not use."""
     part = copy.copy(model)
     part._modules = {name: model._modules[name] for name in children}
     if children == ["visual"]:

@@ -43,7 +43,7 @@ _TOKENS = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>
 
 
 def clip_mismatch(model: nn.Module) -> str | None:
-    """Return why open_clip's model cannot be a ``CLIPModel``; None if it can.
+    """Returns why open_clip's model cannot be a ``CLIPModel``; None if it can.
 
     :func:`convert_weights` finds out whether each weight has a place there.
     """
@@ -78,7 +78,7 @@ def clip_mismatch(model: nn.Module) -> str | None:
 
 
 def convert_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a state dict for ``CLIPModel``; split fused in_proj, transpose projections.
+    """Renames a state dict for ``CLIPModel``; splits fused in_proj, transposes projections.
 
     Raises:
         VlkrError: naming a weight that has no place there.
@@ -106,7 +106,7 @@ def convert_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def clip_tokenizer(bundle: ClipBundle) -> Any:
-    """Return transformers' tokenizer with the same ids as open_clip's.
+    """Returns transformers' tokenizer with the same ids as open_clip's.
 
     Texts are not repaired first (mojibake, HTML entities), which open_clip does with ftfy.
 
@@ -127,12 +127,12 @@ def clip_tokenizer(bundle: ClipBundle) -> Any:
 
 
 def context_length(bundle: ClipBundle) -> int:
-    """Return the number of tokens per text."""
+    """Returns the number of tokens per text."""
     return int(bundle.tokenizer([""]).shape[1])
 
 
 def write_tokenizer(bundle: ClipBundle, folder: Path) -> None:
-    """Write the tokenizer's own files, or CLIP's as ``tokenizer.json``.
+    """Writes the tokenizer's own files, or CLIP's as ``tokenizer.json``.
 
     The latter truncates and pads as open_clip does.
 

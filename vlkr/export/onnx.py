@@ -44,15 +44,15 @@ class ExportedOnnx(Exported):
         return onnxruntime.InferenceSession(path, providers=self.providers)
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Run ``image_encoder.onnx``."""
+        """Runs ``image_encoder.onnx``."""
         return self._run(self._session("image_encoder"), pixels)
 
     def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor:
-        """Run ``text_encoder.onnx``."""
+        """Runs ``text_encoder.onnx``."""
         return self._run(self._session("text_encoder"), tokens)
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """Run ``classifier.onnx``."""
+        """Runs ``classifier.onnx``."""
         return self._run(self.graph, pixels)
 
     def _run(self, session: Any, inputs: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ labels = json.loads(classifier.get_modelmeta().custom_metadata_map["labels"])
     exported = ExportedOnnx
 
     def contents(self) -> str:
-        """Return a paragraph about the graphs."""
+        """Returns a paragraph about the graphs."""
         height, width = self.source.preprocessing.size
         text = (
             "`text_encoder.onnx`, `input_ids` from the tokenizer's files to `text_features` of "
@@ -89,7 +89,7 @@ labels = json.loads(classifier.get_modelmeta().custom_metadata_map["labels"])
         )
 
     def write(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write and check the graphs."""
+        """Writes and check the graphs."""
         if self.source.adapted.has_text:
             write_tokenizer(self.source.adapted, folder)
         metadata = {key: json.dumps(value) for key, value in graph_metadata(self.source).items()}
@@ -112,7 +112,7 @@ labels = json.loads(classifier.get_modelmeta().custom_metadata_map["labels"])
 
 
 def _append_classes(model: ir.Model, classifier: Classifier) -> None:
-    """Turn an image encoder into a classifier: image features to logits."""
+    """Turns an image encoder into a classifier: image features to logits."""
     graph = model.graph
     (features,) = graph.outputs
     assert features.shape is not None
@@ -142,7 +142,7 @@ def _save(model: ir.Model, path: Path, dtype: torch.dtype) -> None:
 
 
 def _store_in(model: ir.Model, dtype: ir.DataType) -> None:
-    """Store the weights in half precision, each followed by a cast to fp32."""
+    """Stores the weights in half precision, each followed by a cast to fp32."""
     graph = model.graph
     for value in list(graph.initializers.values()):
         tensor = value.const_value

@@ -38,11 +38,11 @@ class ExportedOpenClip(Exported):
         self.preprocess = self.bundle.preprocess
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Run the image tower."""
+        """Runs the image tower."""
         return encode_image(self.bundle.model, pixels)
 
     def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor:
-        """Run the text tower on the ids of the folder's tokenizer."""
+        """Runs the text tower on the ids of the folder's tokenizer."""
         return encode_text(self.bundle.model, self.bundle.tokenizer(list(texts)).to(self.device))
 
 
@@ -62,7 +62,7 @@ tokenizer = open_clip.get_tokenizer("local-dir:{folder}")
         require_text(source, "open_clip")
 
     def contents(self) -> str:
-        """Return a paragraph about model and tokenizer."""
+        """Returns a paragraph about model and tokenizer."""
         return (
             "The whole model with the adapter merged into its weights: `open_clip_config.json` "
             "(architecture and preprocessing) and `open_clip_model.safetensors`. The tokenizer is "
@@ -71,7 +71,7 @@ tokenizer = open_clip.get_tokenizer("local-dir:{folder}")
         )
 
     def write(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write the merged model."""
+        """Writes the merged model."""
         tensors = cast_tensors(self.source.merged.state_dict(), dtype)
         save_open_clip_folder(self.source.adapted, folder, tensors)
         save_tokenizer(self.source.adapted, folder)

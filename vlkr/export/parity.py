@@ -45,11 +45,11 @@ class Parity:
     tie: float
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields by name."""
+        """Returns all fields by name."""
         return asdict(self)
 
     def summary(self) -> str:
-        """Return all numbers in a sentence."""
+        """Returns all numbers in a sentence."""
         text = self.min_text_cosine
         texts = "" if text is None else f"of text features {text:.6f}, "
         return (
@@ -63,7 +63,7 @@ class Parity:
 def check_parity(
     source: ExportInput, exported: Exported, dataset: Dataset, dtype: torch.dtype
 ) -> Parity:
-    """Compare features and predictions, each side with its own preprocessing and tokenizer.
+    """Compares features and predictions, each side with its own preprocessing and tokenizer.
 
     Args:
         source: the adapted model.
@@ -109,7 +109,7 @@ def _min_text_cosine(source: ExportInput, exported: Exported) -> float | None:
 
 
 def spread_images(dataset: Dataset, count: int) -> list[Image.Image]:
-    """Return at most ``count`` readable test images, in turn from shards all over the split.
+    """Returns at most ``count`` readable test images, in turn from shards all over the split.
 
     Raises:
         VlkrError: if there is none.

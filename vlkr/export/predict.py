@@ -49,7 +49,7 @@ class Prediction:
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the first choice, and all of them if there are several."""
+        """Returns the first choice, and all of them if there are several."""
         if self.error is not None:
             return {"image": self.image, "error": self.error}
         top = [
@@ -86,7 +86,7 @@ class Predictions:
         return int(self.failed > 0)
 
     def to_json(self) -> dict[str, Any]:
-        """Return all predictions with their context."""
+        """Returns all predictions with their context."""
         return {
             **self.context,
             "images": len(self.predictions),
@@ -95,7 +95,7 @@ class Predictions:
         }
 
     def text(self) -> str:
-        """Return JSON Lines or CSV."""
+        """Returns JSON Lines or CSV."""
         if self.format == "jsonl":
             lines = (json.dumps(p.to_json(), ensure_ascii=False) for p in self.predictions)
             return "".join(f"{_escaped(line)}\n" for line in lines)
@@ -104,7 +104,7 @@ class Predictions:
         return buffer.getvalue()
 
     def tables(self) -> list[Table]:
-        """Return a table with a row per image, if it is to be shown."""
+        """Returns a table with a row per image, if it is to be shown."""
         if self.output is not None or self.format != "table":
             return []
         header, *rows = self._rows()
@@ -113,7 +113,7 @@ class Predictions:
         return [_PathTable.of(self._summary(), [header[:-1], *rows])]
 
     def lines(self) -> list[str]:
-        """Return the model, where the predictions were written, or JSON Lines or CSV."""
+        """Returns the model, where the predictions were written, or JSON Lines or CSV."""
         if self.output is not None:
             return [f"{self._summary()}. Written to {self.output}"]
         if self.format == "table":
@@ -140,7 +140,7 @@ class Predictions:
 
 
 def _escaped(line: str) -> str:
-    """Return JSON with escapes for what could break the line or steer a terminal."""
+    """Returns JSON with escapes for what could break the line or steer a terminal."""
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
 
 
@@ -148,7 +148,7 @@ class _PathTable(Table):
     """A table that folds long paths and left-aligns labels."""
 
     def rich(self) -> rich.table.Table:
-        """Return the table for the terminal."""
+        """Returns the table for the terminal."""
         table = rich.table.Table(title=Text(self.title), title_justify="left")
         table.add_column(self.header[0], overflow="fold")
         for name in self.header[1:]:
@@ -169,7 +169,7 @@ def predict(
     device: str = "auto",
     force: bool = False,
 ) -> Predictions:
-    """Classify images with an exported model.
+    """Classifies images with an exported model.
 
     An unreadable image is reported in its row; the others are classified all the same, and the
     exit status is 1.
@@ -258,7 +258,7 @@ def _image_paths(given: list[Path]) -> Iterator[Path]:
 def classify(
     exported: Exported, paths: list[Path], top_k: int, batch_size: int, num_workers: int
 ) -> list[Prediction]:
-    """Return the most likely classes of images, in their order; show progress in a terminal.
+    """Returns the most likely classes of images, in their order; shows progress in a terminal.
 
     Args:
         exported: the model.
@@ -283,7 +283,7 @@ def classify(
 
 
 def _read(preprocess: Callable[[Image.Image], Tensor], path: Path) -> Tensor | str:
-    """Return an image's pixels, or why it is unreadable."""
+    """Returns an image's pixels, or why it is unreadable."""
     encoded = read_image(path, path.name)
     if isinstance(encoded, BadSample):
         return encoded.reason

@@ -41,12 +41,12 @@ class ExportedTimm(Exported):
         self.has_classes = "label_names" in json.loads((folder / "config.json").read_text())
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Return the model's output, or the input of its classifier."""
+        """Returns the model's output, or the input of its classifier."""
         features = self.model.forward_features(pixels)
         return unit_norm(self.model.forward_head(features, pre_logits=self.has_classes))
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """Run the model's own classifier if it has one."""
+        """Runs the model's own classifier if it has one."""
         if not self.has_classes:
             return super().logits(pixels)
         hidden = self.model.forward_features(pixels)
@@ -73,7 +73,7 @@ preprocess = timm.data.create_transform(**timm.data.resolve_model_data_config(mo
         self.architecture = self.trunk.pretrained_cfg["architecture"]
 
     def contents(self) -> str:
-        """Return a paragraph about the model and its head."""
+        """Returns a paragraph about the model and its head."""
         scale = f"{self.source.classifier.logit_scale:.4f}"
         if not self.source.adapted.has_text:
             return (
@@ -92,7 +92,7 @@ preprocess = timm.data.create_transform(**timm.data.resolve_model_data_config(mo
         )
 
     def write(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write the image tower."""
+        """Writes the image tower."""
         names: tuple[str, ...] = ()
         weight, bias = None, None
         if not self.source.adapted.has_text:
@@ -136,7 +136,7 @@ preprocess = timm.data.create_transform(**timm.data.resolve_model_data_config(mo
 
 
 def _tower(source: ExportInput) -> tuple[Any, nn.Linear | None]:
-    """Return the timm model inside the image tower, and the projection after it.
+    """Returns the timm model inside the image tower, and the projection after it.
 
     Raises:
         VlkrError: if there is no timm model, or more after it than a linear projection.
@@ -164,7 +164,7 @@ def _tower(source: ExportInput) -> tuple[Any, nn.Linear | None]:
 
 
 def _arguments(trunk: Any) -> dict[str, Any]:
-    """Return what distinguishes the model from timm's default of the same name."""
+    """Returns what distinguishes the model from timm's default of the same name."""
     args: dict[str, Any] = {}
     if isinstance(pool := getattr(trunk, "global_pool", None), str):
         args["global_pool"] = pool

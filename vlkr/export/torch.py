@@ -40,17 +40,17 @@ class ExportedPrograms(Exported):
         return move_to_device_pass(program, self.device).module()
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Run ``image_encoder.pt2``."""
+        """Runs ``image_encoder.pt2``."""
         features: Tensor = self._program("image_encoder")(pixels)
         return features
 
     def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor:
-        """Run ``text_encoder.pt2``."""
+        """Runs ``text_encoder.pt2``."""
         features: Tensor = self._program("text_encoder")(tokens.to(self.device))
         return features
 
     def logits(self, pixels: Tensor) -> Tensor:
-        """Run ``classifier.pt2``."""
+        """Runs ``classifier.pt2``."""
         logits: Tensor = self.graph(pixels)
         return logits
 
@@ -67,7 +67,7 @@ image_encoder = torch.export.load("{folder}/image_encoder.pt2").module()
     exported = ExportedPrograms
 
     def contents(self) -> str:
-        """Return a paragraph about the programs."""
+        """Returns a paragraph about the programs."""
         height, width = self.source.preprocessing.size
         text = "`text_encoder.pt2`, token ids to text features of norm 1; "
         return (
@@ -80,7 +80,7 @@ image_encoder = torch.export.load("{folder}/image_encoder.pt2").module()
         )
 
     def write(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write the programs."""
+        """Writes the programs."""
         extra = {METADATA: json.dumps(graph_metadata(self.source))}
         for name, program in trace(self.source, dtype):
             # By way of memory: torch's own writer does not tell a full disk from other failures.

@@ -50,12 +50,12 @@ class ExportedTransformers(Exported):
         return pixels
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """Run the vision model and its projection."""
+        """Runs the vision model and its projection."""
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
         return unit_norm(self.model.visual_projection(pooled))
 
     def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor:
-        """Run the text model and its projection on the ids of the folder's tokenizer."""
+        """Runs the text model and its projection on the ids of the folder's tokenizer."""
         inputs = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
         pooled = self.model.text_model(**inputs.to(self.device)).pooler_output
         return unit_norm(self.model.text_projection(pooled))
@@ -79,7 +79,7 @@ processor = AutoProcessor.from_pretrained("{folder}")
         self.model = _build(source)
 
     def contents(self) -> str:
-        """Return a paragraph about model, processor and tokenizer."""
+        """Returns a paragraph about model, processor and tokenizer."""
         return (
             "The whole model with the adapter merged into its weights, as transformers' "
             "`CLIPModel` (`config.json`, `model.safetensors`), `CLIPImageProcessor` "
@@ -89,7 +89,7 @@ processor = AutoProcessor.from_pretrained("{folder}")
         )
 
     def write(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write model, processor and tokenizer."""
+        """Writes model, processor and tokenizer."""
         with _no_progress_bars():
             self.model.to(dtype).save_pretrained(folder)
         _hf.CLIPImageProcessor(**self.processor_config).save_pretrained(folder)
@@ -97,7 +97,7 @@ processor = AutoProcessor.from_pretrained("{folder}")
 
 
 def _build(source: ExportInput) -> Any:
-    """Return a ``CLIPModel`` that shares the merged weights.
+    """Returns a ``CLIPModel`` that shares the merged weights.
 
     Raises:
         VlkrError: naming what has no place in it.

@@ -10,14 +10,14 @@ def load_model(name: str, pretrained: str | None = None) -> ClipBundle:
     """Loads a CLIP model, or a timm model's image encoder where the name begins with ``timm:``.
 
     Args:
-        name: as for :func:`~vlkr.models.clip.load_clip` or :func:`~vlkr.models.vit.load_vit`.
+        name: as for :func:`~vlkr.models.clip.load_clip` or :func:`~vlkr.models.timm.load_vit`.
         pretrained: open_clip's tag, or a path of weights.
 
     Raises:
         VlkrError: for a model that is unknown or cannot be read.
     """
     if is_timm(name):
-        from vlkr.models.vit import load_vit
+        from vlkr.models.timm import load_vit
 
         return load_vit(name, pretrained)
     return load_clip(name, pretrained)
@@ -33,7 +33,7 @@ def load_shapes(name: str) -> nn.Module:
         VlkrError: for a model that is unknown, or known to the hub alone.
     """
     if is_timm(name):
-        from vlkr.models.vit import vit_shapes
+        from vlkr.models.timm import vit_shapes
 
         return vit_shapes(name)
     return clip_shapes(name)

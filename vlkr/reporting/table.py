@@ -58,11 +58,14 @@ class Table:
             caption_justify="left",
         )
         for i, name in enumerate(self.header):
+            cells = [row[i] for row in self.rows if row[i]]
             if i == 0:
                 table.add_column(Text(printable(name)), no_wrap=True)
-            else:  # a header may wrap, a number may not
-                width = max((len(row[i]) for row in self.rows), default=0)
+            elif all(cell[0].isdigit() or cell[0] in "+-<?" for cell in cells):
+                width = max(map(len, cells), default=0)  # a header may wrap, a number may not
                 table.add_column(Text(printable(name)), justify="right", min_width=width)
+            else:
+                table.add_column(Text(printable(name)))
         for row in self.rows:
             table.add_row(*(Text(printable(cell)) for cell in row))
         return table

@@ -2,21 +2,68 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 
-from vlkr.adapters import add_adapters, find_targets
-from vlkr.datasets import Dataset, FewShotDataModule
+from vlkr.adapters import Projected, add_adapters, find_targets, project_model, save_adapter
+from vlkr.adapters.registry import adapter_class
+from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
+from vlkr.datasets import DataConfig, Dataset, FewShotDataModule
 from vlkr.datasets.loading import TrainTransform, evaluation_loader
 from vlkr.datasets.samples import View
+from vlkr.errors import VlkrError
+from vlkr.evaluation.evaluate import evaluate_model
+from vlkr.evaluation.report import Evaluation
+from vlkr.files import check_free
 from vlkr.models.classifier import ClassHead
 from vlkr.models.clip import ClipBundle, encode_image, image_size
-from vlkr.runs import RunFolder, is_first_process
+from vlkr.models.loading import load_model
+from vlkr.models.names import absolute_names
+from vlkr.reporting.table import Table
+from vlkr.runs import RunConfig, RunFolder
+from vlkr.runtime import is_first_process
+from vlkr.training.interruption import add_resume_hint, is_requeued
 from vlkr.training.module import FewShotModule
 from vlkr.training.trainer import check_checkpoint, fit, make_trainer, quiet_lightning
+
+
+@dataclass
+class AdaptResult:
+    """A finished run.
+
+    Attributes:
+        output: the run folder.
+        bundle: the model with trained adapters.
+        evaluation: on the test split of the run's dataset.
+        parameters: number of trained parameters.
+        seconds: training time.
+    """
+
+    output: Path
+    bundle: ClipBundle
+    evaluation: Evaluation
+    parameters: int
+    seconds: float
+    exit_code = 0
+
+    def tables(self) -> list[Table]:
+        """Returns the evaluation's tables."""
+        return self.evaluation.tables()
+
+    def lines(self) -> list[str]:
+        """Returns the evaluation's caption, and where the run is."""
+        trained = f"{self.parameters:,} parameters trained in {self.seconds:.0f} s"
+        return [*self.evaluation.lines(), f"{trained}. Run: {self.output}"]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the run's ``metrics.json``."""
+        return self.evaluation.to_json() | {"train_seconds": round(self.seconds, 1)}
 
 
 @dataclass(frozen=True)
@@ -37,6 +84,72 @@ class Training:
     seconds: float
     val_acc1: float | None
     device: str
+
+
+def adapt(
+    output: Path,
+    model: str = "tiny",
+    pretrained: str | None = None,
+    adapter: AdapterConfig = AdapterConfig(),
+    data: DataConfig = DataConfig(),
+    optimizer: OptimizerConfig = OptimizerConfig(),
+    trainer: TrainerConfig = TrainerConfig(),
+    seed: int = 1,
+    resume: bool = False,
+    force: bool = False,
+) -> AdaptResult:
+    """Adapts a model by name to a few labeled images per class and writes a run folder.
+
+    Args:
+        output: run folder to write.
+        model: as for :func:`~vlkr.models.loading.load_model`.
+        pretrained: likewise.
+        adapter: method and targets.
+        data: dataset, shots and batches.
+        optimizer: optimizer options.
+        trainer: epochs, precision and device.
+        seed: random seed for split, initialization, shuffling and augmentation.
+        resume: continue from the checkpoint of an interrupted run; a job that SLURM requeues does
+            so by itself.
+        force: allow a non-empty output folder.
+
+    Raises:
+        VlkrError: for any option that does not make sense, before anything is written.
+    """
+    model, pretrained = absolute_names(model, pretrained)
+    config = RunConfig(model, pretrained, adapter, data, optimizer, trainer, seed)
+    config.check()
+    adapter_class(adapter.name)
+    folder = RunFolder(output, config)
+    resume = resume or (is_requeued() and folder.checkpoint.is_file())
+    folder.check_output(resume=resume, force=force)
+    dataset = data.load()
+    if next(iter(dataset.source("test")), None) is None:
+        raise VlkrError(f"dataset {dataset.name!r} has no image in its split 'test'")
+    bundle = load_model(model, pretrained)
+    config = config.resolved(bundle.model)
+    with (
+        add_resume_hint(folder.checkpoint),
+        RunFolder.start(output, config, resume=resume, force=force) as folder,
+    ):
+        training = train(folder, bundle, dataset, resume=resume)
+        evaluation = evaluate_model(
+            bundle, [dataset], batch_size=128, num_workers=data.num_workers, device=training.device
+        )
+        evaluation.context |= {
+            "adapter": adapter.name,
+            "options": config.adapter.options,
+            "parameters": training.parameters,
+            **data.context(),
+            "training images": training.images,
+            "classes per step": data.classes_per_step,
+            "seed": seed,
+            "checkpoint": "last iteration",
+        }
+        result = AdaptResult(output, bundle, evaluation, training.parameters, training.seconds)
+        if is_first_process():
+            folder.write_metrics(result.to_json(), evaluation.markdown())
+    return result
 
 
 def train(
@@ -115,3 +228,80 @@ def _initial_head(bundle: ClipBundle, dataset: Dataset, datamodule: FewShotDataM
             for batch in loader
         )
     return head
+
+
+@dataclass
+class ProjectResult:
+    """A projected fine-tune: the adapter folder, each layer's error, and the context."""
+
+    output: Path
+    layers: list[Projected]
+    context: dict[str, Any]
+    exit_code = 0
+
+    @property
+    def error(self) -> float:
+        """Unweighted root mean square of the layers' relative errors."""
+        return math.sqrt(sum(layer.error**2 for layer in self.layers) / len(self.layers))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns context and layers."""
+        layers = [
+            {"layer": p.target.path, "change": p.delta_norm, "error": p.error} for p in self.layers
+        ]
+        return {**self.context, "output": str(self.output), "error": self.error, "layers": layers}
+
+    def tables(self) -> list[Table]:
+        """Returns one row per layer."""
+        rows = [["layer", "change / weight", "error / change"]]
+        rows += [[p.target.path, f"{p.delta_norm:.4f}", f"{p.error:.4f}"] for p in self.layers]
+        rows.append(["root mean square", "", f"{self.error:.4f}"])
+        return [Table.of("Relative Frobenius norms", rows)]
+
+    def lines(self) -> list[str]:
+        """Returns the context, and where the adapter is."""
+        context = ", ".join(f"{key} {value}" for key, value in self.context.items())
+        return [context, f"Adapter: {self.output}"]
+
+
+def project_fine_tune(
+    output: Path,
+    base: str,
+    tuned: str,
+    base_pretrained: str | None = None,
+    tuned_pretrained: str | None = None,
+    adapter: AdapterConfig = AdapterConfig(),
+    force: bool = False,
+) -> ProjectResult:
+    """Finds the adapter that is nearest to a full fine-tune and writes it as an adapter folder.
+
+    KRAdapter's is the truncated SVD of each row, LoRA's that of the matrix. What the fine-tune
+    changed elsewhere (norms, embeddings, biases) is left out.
+
+    Args:
+        output: adapter folder to write.
+        base: base model, as for :func:`~vlkr.models.loading.load_model`.
+        tuned: fine-tuned model.
+        base_pretrained: open_clip tag or path of weights of the base model.
+        tuned_pretrained: open_clip tag or path of weights of the fine-tuned model.
+        adapter: method (``kradapter`` or ``lora``), its options and targets.
+        force: replace an existing adapter.
+
+    Raises:
+        VlkrError: if a model cannot be read, or the two differ in shape.
+    """
+    if adapter.match is not None:
+        raise VlkrError("adapter.match does not go with project; adapter.options choose the size")
+    check_free(output, force=force)
+    first, second = load_model(base, base_pretrained), load_model(tuned, tuned_pretrained)
+    layers = project_model(
+        first.model, second.model.state_dict(), adapter.name, **adapter.place(), **adapter.options
+    )
+    save_adapter(first.model, output, base_model=first.label, force=force)
+    context = {
+        "base": first.label,
+        "tuned": second.label,
+        "adapter": adapter.name,
+        "options": adapter.options,
+    }
+    return ProjectResult(output, layers, context)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import vlkr
 from vlkr.errors import VlkrError
 from vlkr.models.loading import load_model
-from vlkr.models.vit import load_vit
+from vlkr.models.timm import load_vit
 
 NAME = "vit_tiny_patch16_224"
 

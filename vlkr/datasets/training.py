@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from vlkr.datasets.epochs import FewShotImages, MemoryBatches, MemoryPlan, TrainLoader
-from vlkr.datasets.few_shot import FewShotSplit, few_shot_split
 from vlkr.datasets.loading import (
     BadSamples,
     Batch,
@@ -22,10 +20,11 @@ from vlkr.datasets.loading import (
     evaluation_loader,
     without_normalization,
 )
-from vlkr.datasets.options import DataOptions
+from vlkr.datasets.options import DataConfig
 from vlkr.datasets.registry import Dataset
-from vlkr.datasets.samples import Joined, Sample, Source, View, good_samples, shuffled_by_hash
-from vlkr.datasets.splits import read_split, take_split, write_split
+from vlkr.datasets.samples import Sample, Source, View, good_samples, shuffled_by_hash
+from vlkr.datasets.split_files import FewShotSplit, write_split
+from vlkr.datasets.splits import draw_split
 from vlkr.datasets.streaming import EpochPlan, StreamedBatches
 from vlkr.runtime import rank, world_size
 
@@ -44,7 +43,7 @@ class FewShotDataModule(L.LightningDataModule):
     def __init__(
         self,
         dataset: Dataset,
-        options: DataOptions,
+        options: DataConfig,
         seed: int,
         train_transform: TrainTransform | Transform,
         transform: Transform,
@@ -58,30 +57,11 @@ class FewShotDataModule(L.LightningDataModule):
         self.train_transform = train_transform
         self.transform = without_normalization(transform)
         self.bad = BadSamples(options.max_bad)
-        self.pool: Source = dataset.source("train")
-        own_val = dataset.splits.get("val")
-        file = None if options.split_file is None else read_split(Path(options.split_file))
-        if file is not None and file.picks["val"]:
-            self.pool = self.pool if own_val is None else Joined([self.pool, own_val])
-            own_val = None
+        drawn = draw_split(dataset, options, seed, self.bad.add)
+        split, self.pool, own_val = drawn.split, drawn.pool, drawn.own_val
         max_bytes = options.memory_gb * 1e9
-        samples = _Counted(self.pool, self.bad)
-        split = (
-            few_shot_split(
-                samples,
-                dataset.class_names,
-                options.shots,
-                seed,
-                fraction=options.fraction,
-                val_fraction=options.val_fraction,
-                per_domain=options.per_domain,
-                max_bytes=max_bytes,
-            )
-            if file is None
-            else take_split(samples, file, dataset.class_names, max_bytes=max_bytes)
-        )
-        self.train_keys = Counter(sample.key for sample in split.train)
-        self.counts = samples.counts(split.positions or {}, self.train_keys)
+        self.train_keys = drawn.train_keys
+        self.counts = drawn.counts
         self.train_images: FewShotImages | None = None
         if split.positions is None:
             self.train_images = FewShotImages(split.train, train_transform, max_bytes, self.bad)
@@ -164,31 +144,6 @@ class FewShotDataModule(L.LightningDataModule):
     def _place(self) -> tuple[int, int]:
         trainer = self.trainer
         return (trainer.global_rank, trainer.world_size) if trainer else (rank(), world_size())
-
-
-class _Counted:
-    """The samples of a source, shard by shard, with a note of where each shard ends."""
-
-    def __init__(self, source: Source, bad: BadSamples) -> None:
-        self.shards = shuffled_by_hash(source).shards()
-        self.bad = bad
-        self.ends: list[int] = []
-
-    def __iter__(self) -> Iterator[Sample]:
-        number = 0
-        for shard in self.shards:
-            for sample in good_samples(shard, self.bad.add):
-                number += 1
-                yield sample
-            self.ends.append(number)
-
-    def counts(self, positions: Mapping[str, int], times: Mapping[str, int]) -> list[int]:
-        """How many picked samples each shard has."""
-        counts = [0] * len(self.ends)
-        for key, number in times.items():
-            if key in positions:
-                counts[bisect_right(self.ends, positions[key])] += number
-        return counts
 
 
 def _without_images(samples: Sequence[Sample]) -> list[Sample]:

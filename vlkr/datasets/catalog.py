@@ -1,29 +1,30 @@
-"""The datasets that are known by name."""
+"""Lists the registered datasets."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Column, Table
-
 from vlkr.datasets.cards import SUITES, Card, card_names, load_card
 from vlkr.datasets.registry import local_path
 from vlkr.errors import VlkrError
+from vlkr.reporting.table import Table
 
 _WIDE = 110  # columns
 
 
 @dataclass
 class CardList:
-    """Cards, by name."""
+    """The result of :func:`list_cards`."""
+
+    exit_code = 0
 
     cards: Sequence[Card]
 
     def to_json(self) -> dict[str, Any]:
-        """What the cards tell, and where the data lies."""
+        """Returns what the cards say, and where the data is."""
         return {
             card.name: {
                 "title": card.title,
@@ -39,38 +40,30 @@ class CardList:
             for card in self.cards
         }
 
-    def show(self, console: Console) -> None:
-        """Prints a line a card; a narrow terminal has no room for sources."""
-        is_wide = console.width >= _WIDE
-        table = Table(
-            Column("name", no_wrap=True),
-            "title",
-            Column("classes", justify="right", no_wrap=True),
-            *["source"] * is_wide,
-            "licence",
-            Column("data", no_wrap=True),
-        )
+    def tables(self) -> list[Table]:
+        """Returns one row per card."""
+        # As wide as the terminal; a narrow one has no room for sources.
+        is_wide = shutil.get_terminal_size((160, 24)).columns >= _WIDE
+        rows = []
         for card in self.cards:
             number = _num_classes(card)
-            place = "here" if local_path(card) else "stream" if card.wds else "no"
-            table.add_row(
-                card.name,
-                card.title,
-                "" if number is None else str(number),
-                *[_short(card.source)] * is_wide,
-                _short(card.licence),
-                place,
-            )
-        console.print(table)
-        console.print(
+            data = "here" if local_path(card) else "stream" if card.wds else "no"
+            classes = "" if number is None else str(number)
+            source = [_short(card.source)] * is_wide
+            rows.append((card.name, card.title, classes, *source, _short(card.licence), data))
+        header = ("name", "title", "classes", *["source"] * is_wide, "licence", "data")
+        return [Table("", header, tuple(rows))]
+
+    def lines(self) -> list[str]:
+        """Returns how to get the data."""
+        return [
             "Data: here, by its name; else give yours, NAME=DIR, or stream CLIP_benchmark's, "
-            "NAME=wds/...; --json tells sources, licences and the names to stream in full.",
-            highlight=False,
-        )
+            "NAME=wds/...; --json lists sources, licences and the names to stream."
+        ]
 
 
 def list_cards(suite: str | None = None) -> CardList:
-    """Lists the known datasets: title, classes, source, licence, and whether the data is at hand.
+    """Lists registered datasets: title, classes, source, license, and whether data is available.
 
     Args:
         suite: only those of a benchmark: ``coop``, ``kradapter``, ``imagenet-shift``,
