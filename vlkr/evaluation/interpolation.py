@@ -140,10 +140,10 @@ class Interpolation:
         means = [100 * e.mean_shift() for e in evaluations]
         name = shifts[0].dataset if len(shifts) == 1 else f"mean of {len(shifts)} shifts"
         axes.plot(x, means, "o-", color=BLUE, markersize=4, label=name)
-        for point, *place in zip(self.points, x, means, strict=True):
+        for point, place in zip(self.points, zip(x, means, strict=True), strict=True):
             if point is self.best:
                 axes.plot(*place, "*", color=ORANGE, markersize=14, label="best on validation")
-            style = {"textcoords": "offset points", "fontsize": 7, "color": BLUE}
+            style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": BLUE}
             axes.annotate(f"{point.alpha:g}", place, (4, 4), **style)
         axes.set_xlabel(
             f"top-1 accuracy on {evaluations[0].in_distribution.dataset} (in-distribution), %"
