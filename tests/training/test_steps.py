@@ -7,7 +7,7 @@ from torch import nn
 
 import vlkr
 from vlkr.config import OptimizerConfig
-from vlkr.datasets.pipelines import Batch
+from vlkr.datasets.loading import Batch
 from vlkr.models.clip import load_clip
 from vlkr.training.module import FewShotModule
 

@@ -68,7 +68,7 @@ class Interpolation:
     def tables(self) -> list[Table]:
         """Returns one row per alpha, the best one starred."""
         first = self.points[0].evaluation
-        header = ["alpha", "validation %", f"{first.in_distribution.dataset} (home) %"]
+        header = ["alpha", "validation %", f"{first.in_distribution.dataset} (in-distribution) %"]
         shifts = first.shifts
         if len(shifts) == 1:
             header.append(f"{shifts[0].dataset} %")
@@ -145,7 +145,9 @@ class Interpolation:
                 axes.plot(*place, "*", color=ORANGE, markersize=14, label="best on validation")
             style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": BLUE}
             axes.annotate(f"{point.alpha:g}", place, (4, 4), **style)
-        axes.set_xlabel(f"top-1 accuracy on {evaluations[0].in_distribution.dataset} (home), %")
+        axes.set_xlabel(
+            f"top-1 accuracy on {evaluations[0].in_distribution.dataset} (in-distribution), %"
+        )
         axes.set_ylabel("top-1 accuracy under shift, %")
         axes.set_title("Along the adapter, by alpha", loc="left")
         axes.legend(frameon=False)
