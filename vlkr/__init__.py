@@ -1,4 +1,4 @@
-"""Few-shot adaptation of CLIP with Khatri-Rao adapters, judged at home and under domain shift.
+"""Few-shot adaptation of CLIP with Khatri-Rao adapters, evaluated under domain shift.
 
 The names below are imported at their first use, so that ``import vlkr`` costs nothing.
 """

@@ -92,32 +92,10 @@ class RunConfig:
                     name = f"{section}.{key}".lstrip(".")
                     raise VlkrError(f"{path} is not a run's configuration: it lacks {name}")
         try:
-            return cls.from_plain(content)
+            return from_plain(cls, content, "run")
         except VlkrError as error:
-            raise VlkrError(f"{path} is not a run's configuration: {error}") from error
-
-    @classmethod
-    def from_plain(cls, content: Mapping[str, Any]) -> RunConfig:
-        """Makes the configuration from what :meth:`to_plain` returned.
-
-        Raises:
-            VlkrError: for a value that is not valid.
-        """
-        names = {"model": content["model"], "pretrained": content["pretrained"]}
-        for key, value in names.items():
-            if not isinstance(value, str) and (value is not None or key == "model"):
-                raise VlkrError(f"{key} is {value!r:.80}, expected a string")
-        seed = content["seed"]
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise VlkrError(f"seed is {seed!r:.80}, expected an integer")
-        return cls(
-            **names,
-            adapter=from_plain(AdapterConfig, content.get("adapter", {}), "adapter"),
-            data=from_plain(DataConfig, content.get("data", {}), "data"),
-            optimizer=from_plain(OptimizerConfig, content.get("optimizer", {}), "optimizer"),
-            trainer=from_plain(TrainerConfig, content.get("trainer", {}), "trainer"),
-            seed=seed,
-        )
+            reason = str(error).removeprefix("run.")
+            raise VlkrError(f"{path} is not a run's configuration: {reason}") from error
 
     def to_plain(self) -> dict[str, Any]:
         """Returns nested mappings of strings, numbers and lists, as YAML holds them."""

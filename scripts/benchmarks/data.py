@@ -34,11 +34,11 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from vlkr.datasets import Sample, load_dataset
+from vlkr.datasets.epochs import TrainLoader
 from vlkr.datasets.images import decode_image
-from vlkr.datasets.pack import pack
-from vlkr.datasets.pipelines import BadSamples, evaluation_loader
-from vlkr.datasets.streaming import BatchOrder, EpochPlan, StreamedBatches, TrainLoader
-from vlkr.datasets.transforms import TrainTransform, to_tensor
+from vlkr.datasets.loading import BadSamples, TrainTransform, evaluation_loader, to_tensor
+from vlkr.datasets.packing import pack
+from vlkr.datasets.streaming import EpochPlan, StreamedBatches
 
 SIZE, BUFFER = 224, 256
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -105,7 +105,7 @@ def train_loader(folder: Path, batch: int, workers: int) -> TrainLoader:
     plan = EpochPlan(counts, batch, 1, 1, 0, BUFFER)
     bad = BadSamples()
     batches = StreamedBatches(source, plan, TRAINING, bad)
-    return TrainLoader(batches, BatchOrder(plan), bad, batch_size=None, num_workers=workers)
+    return TrainLoader(batches, 0, bad, workers)
 
 
 def candidates(

@@ -102,7 +102,9 @@ def test_table_has_mean_and_deviation_over_seeds(report):
             def text(values):
                 return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
 
-            assert [rows[n] for n in ("colors (home)", "more", "two")] == [text(v) for v in each]
+            assert [rows[n] for n in ("colors (in-distribution)", "more", "two")] == [
+                text(v) for v in each
+            ]
             both = list(zip(*each[1:], strict=True))
             assert rows["mean of shifts"] == text([statistics.mean(v) for v in both])
             assert rows["worst shift"] == text([min(v) for v in both])

@@ -11,11 +11,11 @@ from open_clip.transform import image_transform
 from torchvision.transforms import v2
 
 from vlkr.datasets import DataConfig, FewShotDataModule
+from vlkr.datasets.epochs import MemoryBatches
 from vlkr.datasets.images import decode_image
-from vlkr.datasets.pipelines import EpochSampler
+from vlkr.datasets.loading import TrainTransform
 from vlkr.datasets.splits import few_shot_split
-from vlkr.datasets.streaming import BatchOrder
-from vlkr.datasets.transforms import TrainTransform
+from vlkr.datasets.streaming import StreamedBatches
 from vlkr.errors import VlkrError
 from vlkr.training.trainer import quiet_lightning
 
@@ -92,9 +92,9 @@ def test_a_stream_has_the_samples_of_memory(tmp_path, write):
     root = write(tmp_path / "d", per_class=24)
     options = DataConfig(root=root, shots=8, batch_size=5, min_steps_per_epoch=1)
     few, streamed = make(options), make(replace(options, memory_gb=0))
-    assert isinstance(few.train_dataloader().sampler, EpochSampler)
+    assert isinstance(few.train_dataloader().dataset, MemoryBatches)
     loader = streamed.train_dataloader()
-    assert isinstance(loader.sampler, BatchOrder)
+    assert isinstance(loader.dataset, StreamedBatches)
     assert streamed.train_images is None
     assert sorted(keys_of(loader)) == sorted(few.train_images.keys)
     assert sorted(keys_of(streamed.val_dataloader())) == sorted(few.val_images.keys)
@@ -113,7 +113,7 @@ def test_images_that_fit_encoded_only_are_decoded_at_use(tmp_path):
     )
     # 20x20 pixels of noise take more as PNG than decoded.
     assert whole.train_images.nbytes == 24 * 20 * 20 * 3 < encoded
-    with mock.patch("vlkr.datasets.pipelines.to_tensor", return_value=torch.zeros(3, 999, 999)):
+    with mock.patch("vlkr.datasets.epochs.to_tensor", return_value=torch.zeros(3, 999, 999)):
         data = make(replace(options, memory_gb=2 * encoded / 1e9))
     assert data.train_images.images is None
     assert keys_of(data.train_dataloader()) == keys_of(whole.train_dataloader())
@@ -297,7 +297,7 @@ def test_processes_share_the_images(tmp_path, processes, memory_gb):
         steps.add(len(loader))
         train.update(keys_of(loader))
         with mock.patch.multiple(
-            "vlkr.datasets.pipelines", rank=lambda rank=rank: rank, world_size=lambda: processes
+            "vlkr.datasets.loading", rank=lambda rank=rank: rank, world_size=lambda: processes
         ):
             val.update(keys_of(data.val_dataloader()))
     assert len(steps) == 1

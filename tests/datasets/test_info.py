@@ -9,7 +9,7 @@ from vlkr.cli import main
 from vlkr.datasets.cards import card_names, load_card
 from vlkr.datasets.catalog import list_cards
 from vlkr.datasets.inspect import info
-from vlkr.datasets.pack import pack
+from vlkr.datasets.packing import pack
 from vlkr.errors import VlkrError
 
 

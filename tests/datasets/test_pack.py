@@ -17,9 +17,9 @@ from PIL import Image
 
 from vlkr.cli import main
 from vlkr.datasets import DataConfig, Dataset, few_shot_split, load_dataset
-from vlkr.datasets import pack as pack_module
+from vlkr.datasets import packing as pack_module
 from vlkr.datasets.images import shrink
-from vlkr.datasets.pack import pack
+from vlkr.datasets.packing import pack
 from vlkr.datasets.samples import Sample
 from vlkr.datasets.shards import tar_fields
 from vlkr.errors import VlkrError

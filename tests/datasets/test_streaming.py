@@ -13,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import color_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -20,20 +21,15 @@ from streams import Listed, dealt, tiny_samples
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vlkr.datasets import BadSample, Sample, View
-from vlkr.datasets.pipelines import (
-    BadSamples,
+from vlkr.datasets.epochs import (
     EpochSampler,
     FewShotImages,
-    collate,
-    evaluation_loader,
-)
-from vlkr.datasets.streaming import (
-    BatchOrder,
-    EpochPlan,
-    StreamedBatches,
+    MemoryBatches,
+    MemoryPlan,
     TrainLoader,
 )
-from vlkr.datasets.transforms import TrainTransform
+from vlkr.datasets.loading import BadSamples, TrainTransform, evaluation_loader
+from vlkr.datasets.streaming import EpochPlan, StreamedBatches
 from vlkr.errors import VlkrError
 from vlkr.files import write_json
 from vlkr.training.trainer import quiet_lightning
@@ -49,16 +45,7 @@ def plan_of(source, batch_size=4, min_steps=1, world_size=1, seed=1, buffer=16):
 def loader_of(source, rank=0, workers=0, bad=None, **options):
     plan = plan_of(source, **options)
     bad = bad or BadSamples()
-    batches = StreamedBatches(source, plan, AUGMENT, bad)
-    order = BatchOrder(plan, rank)
-    return TrainLoader(
-        batches,
-        order,
-        bad,
-        batch_size=None,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-    )
+    return TrainLoader(StreamedBatches(source, plan, AUGMENT, bad), rank, bad, workers)
 
 
 def keys_of(batches):
@@ -133,7 +120,7 @@ def test_two_processes_of_two_workers_see_each_sample_once(count):
         seen = Counter()
         steps = set()
         for rank in range(2):
-            order = BatchOrder(plan, rank)
+            order = EpochSampler(plan, rank)
             order.set_epoch(epoch)
             # A data loader deals its batches out to the workers in turn.
             workers = [StreamedBatches(source, plan, AUGMENT, BadSamples()) for _ in range(2)]
@@ -177,16 +164,23 @@ def test_order_is_shuffled_and_follows_from_seed_and_epoch():
         assert neighbours < 20
 
 
-def test_augmentation_differs_from_epoch_to_epoch_and_from_pass_to_pass():
-    source = dealt(tiny_samples(3), 2)
-    loader = loader_of(source, batch_size=3, min_steps=4)
+@pytest.mark.parametrize("kind", ["memory", "stream"])
+def test_augmentation_differs_from_epoch_to_epoch_and_from_pass_to_pass(kind):
+    samples = [Sample(f"k{i}", color_image("red", i), 0) for i in range(3)]
+    if kind == "stream":
+        loader = loader_of(dealt(samples, 2), batch_size=3, min_steps=4)
+    else:
+        images, plan = FewShotImages(samples, AUGMENT), MemoryPlan(3, 3, 4, 1, seed=1)
+        loader = TrainLoader(MemoryBatches(images, plan), 0, BadSamples())
     images = {}
     for epoch in range(2):
         loader.order.set_epoch(epoch)
-        for batch in loader:
+        for step, batch in enumerate(loader):
             for key, image in zip(batch.keys, batch.images, strict=True):
-                images.setdefault(key, []).append(image)
-    assert {len(own) for own in images.values()} == {8}
+                images.setdefault(key, {})[epoch, step] = image.numpy().tobytes()
+    for views in images.values():
+        assert len(views) >= 5
+        assert len(set(views.values())) == len(views)
 
 
 def test_labels_and_domains_go_with_the_images():
@@ -211,7 +205,7 @@ def test_each_shard_is_read_once_by_one_worker():
     plan = plan_of(source)
     batches = StreamedBatches(source, plan, AUGMENT, BadSamples())
     batches.shards = shards if len(shards) == len(source.parts) else batches.shards
-    list(map(batches.__getitem__, BatchOrder(plan)))
+    list(map(batches.__getitem__, EpochSampler(plan)))
     # Lanes begin and end within shards: seven borders between eight lanes.
     assert sum(opened.values()) <= len(shards) + plan.lanes - 1
 
@@ -283,7 +277,7 @@ def test_what_the_source_refuses_was_counted_before():
     plan = plan_of(source)
     source.parts[1].insert(1, BadSample("has no label", "x"))
     batches = StreamedBatches(source, plan, AUGMENT, BadSamples())
-    keys = [key for item in BatchOrder(plan) for key in batches[item].keys]
+    keys = [key for item in EpochSampler(plan) for key in batches[item].keys]
     assert sorted(keys) == sorted(f"k{i}" for i in range(10))
 
 
@@ -293,7 +287,7 @@ def test_a_shard_that_became_shorter_is_an_error():
     del source.parts[2][-1]
     batches = StreamedBatches(source, plan, AUGMENT, BadSamples())
     with pytest.raises(VlkrError, match=r"shard 2 of the training images ends after .* changed"):
-        [batches[item] for item in BatchOrder(plan)]
+        [batches[item] for item in EpochSampler(plan)]
 
 
 # Going on in mid-epoch
@@ -324,9 +318,9 @@ def test_a_loader_goes_on_behind_the_batches_it_has_given_out(workers):
 
 def test_a_checkpoint_of_another_epoch_length_is_refused():
     state = loader_of(dealt(tiny_samples(50), 7)).state_dict()
-    with pytest.raises(VlkrError, match="checkpoint is of 13 batches an epoch, this run of 7"):
+    with pytest.raises(VlkrError, match="checkpoint is of 13 batches per epoch, this run of 7"):
         loader_of(dealt(tiny_samples(25), 7)).load_state_dict(state)
-    with pytest.raises(VlkrError, match="is of 13 batches an epoch, this run of 7"):
+    with pytest.raises(VlkrError, match="is of 13 batches per epoch, this run of 7"):
         loader_of(dealt(tiny_samples(50), 7), world_size=2).load_state_dict(state)
 
 
@@ -365,10 +359,9 @@ def fit(tmp_path, loader, checkpoint=None):
 
 
 def few_shot_loader(workers):
-    bad = BadSamples()
-    order = EpochSampler(10, 4, 5, seed=1)
     images = FewShotImages(tiny_samples(10), AUGMENT)
-    return TrainLoader(images, order, bad, batch_size=4, collate_fn=collate, num_workers=workers)
+    plan = MemoryPlan(10, 4, 5, 1, seed=1)
+    return TrainLoader(MemoryBatches(images, plan), 0, BadSamples(), workers)
 
 
 LOADERS = {

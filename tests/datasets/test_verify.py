@@ -7,7 +7,7 @@ from helpers import write_images, write_shards
 
 from vlkr.cli import main
 from vlkr.datasets.inspect import verify
-from vlkr.datasets.pack import pack
+from vlkr.datasets.packing import pack
 from vlkr.errors import VlkrError
 
 

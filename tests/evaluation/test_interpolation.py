@@ -151,12 +151,12 @@ def test_table_of_several_shifts_and_of_none(run, colors, shift):
     assert [*three.tables()[0].header] == [
         "alpha",
         "validation %",
-        "colors (home) %",
+        "colors (in-distribution) %",
         "mean of 2 shifts %",
         "worst shift %",
     ]
     alone = interpolate(run, alphas=[1])
-    assert alone.tables()[0].header == ("alpha", "validation %", "colors (home) %")
+    assert alone.tables()[0].header == ("alpha", "validation %", "colors (in-distribution) %")
     assert alone.tables()[0].rows[0][0] == "1 *"
 
 

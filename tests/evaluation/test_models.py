@@ -15,6 +15,7 @@ from vlkr.datasets import load_dataset
 from vlkr.datasets.samples import View
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate_model
+from vlkr.evaluation.features import evaluation_mode
 from vlkr.models.clip import load_clip
 from vlkr.runs import RunFolder
 
@@ -80,6 +81,8 @@ def test_adapted_model_is_measured_and_comes_back(run, small, colors):
     found = evaluate_model(bundle, [load_dataset(colors)])
     plain = evaluate_model(base, [load_dataset(colors)])
     assert found.in_distribution.metrics != plain.in_distribution.metrics
+    with evaluation_mode(bundle, "cpu") as model:
+        assert weights_hash(model.module) != base.weights_hash
     assert weights_hash(bundle.model) == base.weights_hash
     assert evaluate_model(bundle, [load_dataset(colors)]).in_distribution == found.in_distribution
 

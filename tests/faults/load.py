@@ -60,9 +60,9 @@ def fingerprint_stream(folder):
 def train_stream(folder, per_shard):
     """Few shots drawn from a split, then an epoch of all its images, augmented and shuffled."""
     from vlkr.datasets import DataConfig, FewShotDataModule, load_dataset
-    from vlkr.datasets.pipelines import BadSamples
-    from vlkr.datasets.streaming import BatchOrder, EpochPlan, StreamedBatches, TrainLoader
-    from vlkr.datasets.transforms import TrainTransform, to_tensor
+    from vlkr.datasets.epochs import TrainLoader
+    from vlkr.datasets.loading import BadSamples, TrainTransform, to_tensor
+    from vlkr.datasets.streaming import EpochPlan, StreamedBatches
 
     dataset = load_dataset(Path(folder))
     dataset = replace(dataset, splits={"train": dataset.source("test")})
@@ -74,7 +74,7 @@ def train_stream(folder, per_shard):
     bad = BadSamples()
     batches = StreamedBatches(source, plan, augment, bad)
     seen = Seen()
-    for batch in TrainLoader(batches, BatchOrder(plan), bad, batch_size=None):
+    for batch in TrainLoader(batches, 0, bad):
         seen.add(batch.labels, batch.keys)
     return {**vars(seen), "drawn": len(few.train_keys)}
 

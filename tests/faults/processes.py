@@ -16,7 +16,7 @@ PRELOADED = (
     "vlkr.comparison.compare",
     "vlkr.comparison.dg",
     "vlkr.comparison.transfer",
-    "vlkr.datasets.pack",
+    "vlkr.datasets.packing",
     "vlkr.evaluation.evaluate",
     "vlkr.export.export",
     "vlkr.export.open_clip",

@@ -11,7 +11,7 @@ from helpers import MODEL, color_image, write_clip
 from safetensors.torch import load_file, save_file
 
 from vlkr.datasets import Sample
-from vlkr.datasets.pipelines import decode_image
+from vlkr.datasets.images import decode_image
 from vlkr.errors import VlkrError
 from vlkr.models.clip import (
     encode_image,

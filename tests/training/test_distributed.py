@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DataLoader
 
 import vlkr
 from vlkr.config import OptimizerConfig
 from vlkr.datasets import few_shot_split, load_dataset
-from vlkr.datasets.pipelines import EpochSampler, FewShotImages, collate
+from vlkr.datasets.epochs import FewShotImages, MemoryBatches, MemoryPlan, TrainLoader
+from vlkr.datasets.loading import BadSamples
 from vlkr.models.clip import load_clip
 from vlkr.training.module import FewShotModule
 from vlkr.training.trainer import quiet_lightning
@@ -24,13 +24,9 @@ def train(model, root, rank, world_size, strategy):
     torch.manual_seed(0)
     vlkr.add_adapters(bundle.model, "kradapter")
     split = few_shot_split(dataset.source("train"), dataset.class_names, 4, seed=1)
-    sampler = EpochSampler(len(split.train), 4 // world_size, 3, 1, rank, world_size)
-    loader = DataLoader(
-        FewShotImages(split.train, bundle.preprocess),
-        batch_size=4 // world_size,
-        sampler=sampler,
-        collate_fn=collate,
-    )
+    images = FewShotImages(split.train, bundle.preprocess)
+    plan = MemoryPlan(len(images), 4 // world_size, 3, world_size, seed=1)
+    loader = TrainLoader(MemoryBatches(images, plan), rank, BadSamples())
     module = FewShotModule(
         bundle, dataset.class_names, dataset.templates, OptimizerConfig(), seed=1
     )

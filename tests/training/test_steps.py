@@ -1,9 +1,13 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import vlkr
 from vlkr.config import OptimizerConfig
+from vlkr.datasets.loading import Batch
 from vlkr.models.clip import load_clip
 from vlkr.training.module import FewShotModule
 
@@ -43,6 +47,30 @@ def test_logits_of_chosen_classes_are_those_among_all(module):
     chosen = torch.tensor([1, 4, 9])
     with torch.no_grad():
         torch.testing.assert_close(module(images, chosen), module(images)[:, chosen])
+
+
+def test_loss_is_of_the_labels_among_the_chosen_classes(module, monkeypatch):
+    size = module.model.visual.image_size
+    images = torch.randn(3, 3, *(size if isinstance(size, tuple) else (size, size)))
+    labels, chosen = torch.tensor([9, 1, 9]), torch.tensor([1, 4, 7, 9, 11])
+    monkeypatch.setattr(module, "_choose_classes", lambda _: chosen)
+    trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=1, is_last_batch=False)
+    monkeypatch.setattr(FewShotModule, "trainer", trainer)
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    loss = module.training_step(Batch(images, labels, ["a", "b", "c"], [None] * 3), 0)
+    logits = module(images)[:, [1, 4, 7, 9, 11]]
+    torch.testing.assert_close(loss, F.cross_entropy(logits, torch.tensor([3, 0, 3])))
+
+
+def test_dropout_differs_by_epoch_and_batch(module, monkeypatch):
+    def drawn(epoch, batch):
+        monkeypatch.setattr(FewShotModule, "current_epoch", epoch)
+        module.on_train_batch_start(None, batch)
+        return torch.rand(4).tolist()
+
+    draws = [drawn(epoch, batch) for epoch in range(3) for batch in range(3)]
+    assert len({tuple(draw) for draw in draws}) == 9
+    assert drawn(1, 2) == draws[5]
 
 
 def test_accumulated_batches_train_as_one_composition_or_many(small, colors, tmp_path, monkeypatch):

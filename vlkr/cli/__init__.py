@@ -247,7 +247,7 @@ def _shown_default(value: Any) -> str | None:
 def _explain(error: CycloptsError) -> str:
     """Returns the parser's complaint in one line, with the nearest option."""
     if isinstance(error, UnusedCliTokensError):
-        return f"unexpected argument {error.unused_tokens[0]!r}"
+        return f"unexpected argument {(error.unused_tokens or [''])[0]!r}"
     if isinstance(error, UnknownOptionError):
         name = (error.token.keyword or error.token.value).partition("=")[0]
         known = [option for argument in error.argument_collection for option in argument.names]
@@ -259,7 +259,11 @@ def _explain(error: CycloptsError) -> str:
             return f"unexpected argument {name!r}"
         return f"unknown option {name}{_nearest(name, known)}"
     if isinstance(error, ValidationError) and error.argument is not None:
+        from pydantic import ValidationError as OutOfRange
+
         from vlkr.validation import describe_error
+
+        assert isinstance(error.__cause__, OutOfRange)  # no other validator is in use
 
         return describe_error(error.__cause__, error.argument.name.lstrip("-"))
     text = re.sub(r'"?\[([\w.]+)\]"?', r"\1", str(error))

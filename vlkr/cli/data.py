@@ -41,7 +41,7 @@ def pack(
         force: replace the shards in ``dest``.
     """
     options = locals()
-    from vlkr.datasets.pack import pack
+    from vlkr.datasets.packing import pack
 
     return pack(**options)
 

@@ -45,7 +45,7 @@ class DemoResult:
         rows = [["top-1 %", *(LABELS[method] for method in self.evaluations)]]
         rows.append(["trained parameters", "0", *(f"{n:,}" for n in self.parameters.values())])
         for i, name in enumerate(self.names()):
-            label = f"{name} (home)" if i == 0 else name
+            label = f"{name} (in-distribution)" if i == 0 else name
             rows.append([label, *map(mean_std, self.accuracies(i).values())])
         rows.append(["mean of shifts", *(mean_std([e.mean_shift() for e in es]) for es in columns)])
         worst = ([e.worst_shift().metrics["acc1"] for e in es] for es in columns)
@@ -119,8 +119,8 @@ def _run(output: Path, quick: bool, force: bool) -> DemoResult:
     from vlkr.training.recipe import adapt
 
     seeds, epochs = ([1], 2) if quick else ([1, 2, 3], 20)
-    home = load_dataset("digits")
-    datasets = [home, *map(load_dataset, home.shifts)]
+    digits = load_dataset("digits")
+    datasets = [digits, *map(load_dataset, digits.shifts)]
     evaluations = {ZERO_SHOT: [evaluate_model(load_clip(TINY), datasets, device="cpu")]}
     parameters = {}
     for method in ("kradapter", "lora"):
@@ -148,7 +148,7 @@ def _run(output: Path, quick: bool, force: bool) -> DemoResult:
         "epochs": epochs,
         "seeds": " ".join(map(str, seeds)),
         "split": "test",
-        "templates": home.template_set,
+        "templates": digits.template_set,
         "learning rate": OptimizerConfig().lr,
         "checkpoint": "last iteration",
     }
@@ -163,8 +163,8 @@ def plot(result: DemoResult, path: Path) -> None:
 
     from vlkr.reporting.figures import BLUE, GRAY, ORANGE, bars, plain, save_figure
 
-    home, *shifts = result.names()
-    groups = [f"{home}\n(in-distribution)", *(name.removeprefix(f"{home}-") for name in shifts)]
+    digits, *shifts = result.names()
+    groups = [f"{digits}\n(in-distribution)", *(name.removeprefix(f"{digits}-") for name in shifts)]
     columns = [result.accuracies(i) for i in range(len(groups))]
     values = {LABELS[m]: [column[m] for column in columns] for m in result.evaluations}
     figure = Figure(figsize=(9, 4), layout="constrained")

@@ -210,7 +210,7 @@ def _accuracy_table(
     for place in places:
         names = sets[place["dataset"]]
         for i, name in enumerate(names):
-            label = f"{name} (home)" if i == 0 and len(names) > 1 else name
+            label = f"{name} (in-distribution)" if i == 0 and len(names) > 1 else name
             rows.append((label, place, methodcaller("values", name)))
         if len(names) > 2:
             rows.append(("mean of shifts", place, SelectedRuns.shift_means))

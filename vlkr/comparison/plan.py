@@ -99,7 +99,7 @@ class Cell:
         return cls(
             value["id"],
             value["kind"],
-            RunConfig.from_plain({**value, "seed": value["seed"] or 0}),
+            from_plain(RunConfig, {**value, "seed": value["seed"] or 0}, "cell"),
             tuple(
                 EvalSet(part["name"], from_plain(DataConfig, part["data"], "data"), part["split"])
                 for part in value["sets"]

@@ -113,7 +113,7 @@ def transfer_plan(grid: GridConfig, runs: Sequence[RunFolder], datasets: list[st
         candidate = Candidate({}, tuple(cell.id for cell in own))
         entries.append(Entry(label, place, (candidate,), names))
         cells += own
-    context = base_context(grid, "by mean validation accuracy at home per method")
+    context = base_context(grid, "by mean in-distribution validation accuracy per method")
     if runs:
         context["seeds"] = " ".join(str(run.config.seed) for run in runs)
     context |= {

@@ -16,7 +16,7 @@ from vlkr.datasets.split_files import FewShotSplit
 from vlkr.datasets.splits import few_shot_split
 
 if TYPE_CHECKING:
-    from vlkr.datasets.datamodule import FewShotDataModule
+    from vlkr.datasets.training import FewShotDataModule
 
 __all__ = [
     "BadSample",
@@ -36,5 +36,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "FewShotDataModule":
-        return importlib.import_module("vlkr.datasets.datamodule").FewShotDataModule
+        return importlib.import_module("vlkr.datasets.training").FewShotDataModule
     raise AttributeError(f"module 'vlkr.datasets' has no attribute {name!r}")

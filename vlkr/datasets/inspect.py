@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageOps
 
 from vlkr.datasets.images import decode_image, image_extension
-from vlkr.datasets.pack import FORMAT, MANIFEST
+from vlkr.datasets.packing import FORMAT, MANIFEST
 from vlkr.datasets.registry import Dataset, load_dataset
 from vlkr.datasets.samples import BadSample, Sample, Source, good_samples, unit_hash
 from vlkr.errors import VlkrError

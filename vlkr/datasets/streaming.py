@@ -1,21 +1,28 @@
-"""Training on more images than memory holds: true epochs of shuffled batches, read in a stream."""
+"""Batches of more images than memory holds: true epochs, shuffled while they are read."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from vlkr.datasets.images import decode_image
-from vlkr.datasets.pipelines import BadSamples, Batch, EpochSampler, Item, collate, transformed
+from vlkr.datasets.loading import (
+    BadSamples,
+    Batch,
+    Item,
+    TrainTransform,
+    Transform,
+    collate,
+    to_tensor,
+    transformed,
+)
 from vlkr.datasets.samples import BadSample, Sample, Source, good_samples, unit_hash
-from vlkr.datasets.transforms import TrainTransform, Transform, to_tensor
 from vlkr.errors import VlkrError
-from vlkr.runtime import without_traceback
 
 _LANES = 8
 """Streams that an epoch's batches are taken from in turn; so many workers share the reading."""
@@ -224,86 +231,3 @@ def _segment(shard: Source, number: int, first: int, last: int) -> Iterator[Samp
             f"shard {number} of the training images ends after {position} samples, {last} were "
             "there before: the data changed"
         )
-
-
-class BatchOrder(Sampler[tuple[int, int]]):
-    """Epoch and number of each batch of this process, in order.
-
-    Args:
-        plan: of the epochs.
-        rank: of this process.
-    """
-
-    def __init__(self, plan: EpochPlan, rank: int = 0) -> None:
-        self.steps = plan.steps
-        self.rank = rank
-        self.world_size = plan.world_size
-        self.epoch = 0
-        self.start = 0
-
-    set_epoch = EpochSampler.set_epoch
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        batches = range(self.start, self.steps)
-        return ((self.epoch, i * self.world_size + self.rank) for i in batches)
-
-
-class TrainLoader(DataLoader[Batch]):
-    """A data loader whose epochs depend on seed and number alone, and that goes on in mid-epoch.
-
-    ``state_dict`` and ``load_state_dict`` are those that Lightning's checkpoints ask for.
-
-    Args:
-        dataset: few images, or batches of many.
-        order: of its items, with the epoch and the batch to start from.
-        bad: samples that were skipped, told of at the end of an epoch.
-        options: of the data loader.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        order: EpochSampler | BatchOrder,
-        bad: BadSamples,
-        **options: Any,
-    ) -> None:
-        super().__init__(dataset, sampler=order, **options)
-        self.order = order
-        self.bad = bad
-        self.done = 0
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # A generator starts with the first batch: by then Lightning has set the epoch.
-        self.done = self.order.start
-        for batch in without_traceback(super().__iter__()):
-            self.done += 1
-            yield batch
-        self.order.start = 0
-        self.bad.warn()
-
-    def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were given out."""
-        return {
-            "epoch": self.order.epoch,
-            "batch": self.done,
-            "batches": self.order.steps,
-            "world_size": self.order.world_size,
-        }
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on behind the batches that were given out.
-
-        Raises:
-            VlkrError: if the epoch was of another length, or of other processes.
-        """
-        own = self.state_dict()
-        for name, what in (("batches", "batches an epoch"), ("world_size", "processes")):
-            if state[name] != own[name]:
-                raise VlkrError(
-                    f"cannot go on in mid-epoch: the checkpoint is of {state[name]} {what}, this "
-                    f"run of {own[name]}"
-                )
-        self.order.epoch, self.order.start = state["epoch"], state["batch"]

@@ -1,1 +1,1 @@
-"""Evaluation at home and under domain shift."""
+"""Evaluation in-distribution and under domain shift."""

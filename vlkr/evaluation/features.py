@@ -17,7 +17,7 @@ from vlkr.adapters import merged
 from vlkr.adapters.hosts import adapter_layers, weights_hash
 from vlkr.caching import cached_tensors
 from vlkr.datasets import Dataset, Source
-from vlkr.datasets.pipelines import evaluation_loader
+from vlkr.datasets.loading import evaluation_loader
 from vlkr.datasets.samples import good_samples
 from vlkr.errors import VlkrError
 from vlkr.models.clip import ClipBundle, encode_image

@@ -68,7 +68,7 @@ class Interpolation:
     def tables(self) -> list[Table]:
         """Returns one row per alpha, the best one starred."""
         first = self.points[0].evaluation
-        header = ["alpha", "validation %", f"{first.in_distribution.dataset} (home) %"]
+        header = ["alpha", "validation %", f"{first.in_distribution.dataset} (in-distribution) %"]
         shifts = first.shifts
         if len(shifts) == 1:
             header.append(f"{shifts[0].dataset} %")
@@ -140,12 +140,14 @@ class Interpolation:
         means = [100 * e.mean_shift() for e in evaluations]
         name = shifts[0].dataset if len(shifts) == 1 else f"mean of {len(shifts)} shifts"
         axes.plot(x, means, "o-", color=BLUE, markersize=4, label=name)
-        for point, *place in zip(self.points, x, means, strict=True):
+        for point, place in zip(self.points, zip(x, means, strict=True), strict=True):
             if point is self.best:
                 axes.plot(*place, "*", color=ORANGE, markersize=14, label="best on validation")
-            style = {"textcoords": "offset points", "fontsize": 7, "color": BLUE}
+            style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "color": BLUE}
             axes.annotate(f"{point.alpha:g}", place, (4, 4), **style)
-        axes.set_xlabel(f"top-1 accuracy on {evaluations[0].in_distribution.dataset} (home), %")
+        axes.set_xlabel(
+            f"top-1 accuracy on {evaluations[0].in_distribution.dataset} (in-distribution), %"
+        )
         axes.set_ylabel("top-1 accuracy under shift, %")
         axes.set_title("Along the adapter, by alpha", loc="left")
         axes.legend(frameon=False)

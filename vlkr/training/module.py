@@ -16,8 +16,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from vlkr.adapters import ComposedWeightCache, adapter_parameters
 from vlkr.adapters.hosts import adapter_layers, is_adapter_key
 from vlkr.config import OptimizerConfig
-from vlkr.datasets.pipelines import Batch
-from vlkr.datasets.streaming import TrainLoader
+from vlkr.datasets.epochs import TrainLoader
+from vlkr.datasets.loading import Batch
 from vlkr.errors import VlkrError
 from vlkr.models.clip import ClipBundle, encode_image, logit_scale
 from vlkr.models.zero_shot import class_embeddings, tokenize_prompts

@@ -15,9 +15,8 @@ from vlkr.adapters import Projected, add_adapters, find_targets, project_model, 
 from vlkr.adapters.registry import adapter_class
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataConfig, Dataset, FewShotDataModule
-from vlkr.datasets.pipelines import evaluation_loader
+from vlkr.datasets.loading import TrainTransform, evaluation_loader
 from vlkr.datasets.samples import View
-from vlkr.datasets.transforms import TrainTransform
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate_model
 from vlkr.evaluation.report import Evaluation

@@ -1,38 +1,137 @@
-"""From encoded samples to batches of tensors."""
+"""From encoded samples to batches of tensors: transforms, collation, evaluation loaders."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import chain, islice, repeat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing import Array, Value
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    Sampler,
-    default_collate,
-    get_worker_info,
-)
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torchvision import transforms
+from torchvision.transforms import v2
 
-from vlkr.datasets.images import decode_image as decode_image
+from vlkr.datasets.images import decode_image
 from vlkr.datasets.samples import BadSample, Sample, Source, good_samples, worker_shard
-from vlkr.datasets.transforms import (
-    PixelTransform,
-    TrainTransform,
-    Transform,
-    seeded,
-    to_tensor,
-    without_normalization,
-)
 from vlkr.errors import VlkrError
 from vlkr.runtime import rank, without_traceback, world_size
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random resized crop, flip if asked, and the model's own normalisation.
+
+    Cropping works on 8-bit tensors, where torchvision resizes several times as fast as Pillow;
+    normalisation is left to the batch, on whichever device it lies.
+
+    Attributes:
+        size: height and width in pixels.
+        mean: per channel, of pixels in [0, 1].
+        std: likewise.
+        interpolation: ``"bicubic"``, ``"bilinear"``, ... as open_clip names it.
+        crop_scale: smallest and largest area of the crop, relative to the image.
+        flip: flip half of the images horizontally.
+    """
+
+    size: tuple[int, int]
+    mean: Sequence[float]
+    std: Sequence[float]
+    interpolation: str
+    crop_scale: tuple[float, float]
+    flip: bool
+
+    @cached_property
+    def _augment(self) -> v2.Compose:
+        name = "bicubic" if self.interpolation == "random" else self.interpolation
+        mode = v2.InterpolationMode(name)
+        crop = v2.RandomResizedCrop(
+            self.size, scale=self.crop_scale, interpolation=mode, antialias=True
+        )
+        return v2.Compose([crop, v2.RandomHorizontalFlip()] if self.flip else [crop])
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """A random crop ``(3, *size)`` of an image ``(3, height, width)``, both uint8."""
+        cropped: Tensor = self._augment(image)
+        return cropped
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """``(batch, 3, height, width)`` in uint8 as the model wants it, in fp32."""
+        return _normalized(images, self.mean, self.std)
+
+
+@dataclass(frozen=True)
+class PixelTransform:
+    """A model's own transform up to 8-bit pixels; normalisation is left to the batch.
+
+    Attributes:
+        head: PIL image to PIL image of mode RGB and the model's size.
+        mean: per channel, of pixels in [0, 1].
+        std: likewise.
+    """
+
+    head: transforms.Compose
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Pixels ``(3, height, width)`` in uint8."""
+        return to_tensor(self.head(image))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """``(batch, 3, height, width)`` in uint8 as the model's own transform has it, to the bit.
+
+        Float images, of a transform that is not split, are left as they are.
+        """
+        return _normalized(images, self.mean, self.std)
+
+
+def without_normalization(transform: Transform) -> Transform | PixelTransform:
+    """A transform that ends in ``ToTensor`` and ``Normalize``, as open_clip's and timm's, split.
+
+    Workers then hand over a quarter of the bytes, and normalising is one operation for a batch, on
+    the model's device. Other transforms are left as they are.
+    """
+    steps = transform.transforms if isinstance(transform, transforms.Compose) else []
+    if len(steps) < 2 or not (
+        isinstance(steps[-2], transforms.ToTensor) and isinstance(steps[-1], transforms.Normalize)
+    ):
+        return transform
+    mean, std = (torch.as_tensor(values).tolist() for values in (steps[-1].mean, steps[-1].std))
+    return PixelTransform(transforms.Compose(steps[:-2]), mean, std)
+
+
+def _normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    if images.dtype != torch.uint8:
+        return images
+    # Two passes: converting and laying out anew in one is several times as slow.
+    scaled = images.float().contiguous().div_(255)
+    normalized: Tensor = v2.functional.normalize(scaled, list(mean), list(std), inplace=True)
+    return normalized
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """``(3, height, width)`` in uint8, channels last in memory."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the block torch's CPU generator starts from ``seed``; elsewhere it goes on."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 class Batch(NamedTuple):
@@ -98,64 +197,6 @@ class BadSamples:
         self._count.value = 0
 
 
-class FewShotImages(Dataset[Item | None]):
-    """Few samples in memory, decoded once; an item is an index and the seed of its augmentation.
-
-    Args:
-        samples: with their encoded images.
-        transform: of 8-bit tensors to train, or of PIL images.
-        max_bytes: of decoded images; more are kept encoded and decoded at each use.
-        bad: told of samples that cannot be decoded. They are left out, or None as items if they
-            are found later.
-    """
-
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        transform: Transform | TrainTransform,
-        max_bytes: float = float("inf"),
-        bad: BadSamples | None = None,
-    ) -> None:
-        self.transform = transform
-        self.bad = bad or BadSamples()
-        self.samples: list[Sample] = []
-        self.images: list[Tensor] | None = []
-        decoded: dict[str, Tensor | None] = {}  # a repeated sample is kept once
-        self.nbytes = 0
-        for sample in samples:
-            if sample.key not in decoded:
-                image = decoded[sample.key] = self._decode(sample)
-                self.nbytes += 0 if image is None else image.nbytes
-            if self.nbytes > max_bytes:
-                self.samples, self.images = list(samples), None
-                self.nbytes = sum(len(sample.image) for sample in samples)
-                return
-            if (image := decoded[sample.key]) is not None:
-                self.samples.append(replace(sample, image=b""))
-                self.images.append(image)
-
-    @property
-    def keys(self) -> list[str]:
-        """Of the samples, in order."""
-        return [sample.key for sample in self.samples]
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, item: tuple[int, int]) -> Item | None:
-        index, seed = item
-        sample = self.samples[index]
-        image = self._decode(sample) if self.images is None else self.images[index]
-        return None if image is None else transformed(sample, image, self.transform, seed)
-
-    def _decode(self, sample: Sample) -> Tensor | None:
-        image = decode_image(sample)
-        if isinstance(image, BadSample):
-            self.bad.add(image)
-            return None
-        return to_tensor(image)
-
-
 def transformed(
     sample: Sample, image: Tensor, transform: Transform | TrainTransform, seed: int
 ) -> Item:
@@ -167,58 +208,6 @@ def transformed(
             else transform(Image.fromarray(image.permute(1, 2, 0).numpy()))
         )
     return Item(tensor, sample.label, sample.key, sample.domain)
-
-
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Order and augmentation seeds as a function of seed and epoch; oversamples to whole batches.
-
-    An epoch runs through as many permutations as it needs to fill ``steps`` batches.
-
-    Args:
-        num_samples: in the dataset.
-        batch_size: samples a step, on one process.
-        min_steps: least number of steps an epoch.
-        seed: of the whole run.
-        rank: of this process.
-        world_size: number of processes.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        min_steps: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.steps = max(min_steps, -(-num_samples // (batch_size * world_size)))
-        self.local_size = self.steps * batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self.start = 0
-        """Batches of the epoch that are left out, for they were seen before a checkpoint."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning at the start of each epoch."""
-        self.start = self.start if epoch == self.epoch else 0
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.local_size
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        total = self.local_size * self.world_size
-        permutations = (torch.randperm(self.num_samples, generator=generator) for _ in repeat(None))
-        order = list(islice(chain.from_iterable(p.tolist() for p in permutations), total))
-        seeds = torch.randint(2**62, (total,), generator=generator).tolist()
-        own = list(zip(order, seeds, strict=True))[self.rank :: self.world_size]
-        return iter(own[self.start * self.batch_size :])
 
 
 def collate(items: Sequence[Item | None]) -> Batch:

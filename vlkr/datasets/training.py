@@ -9,31 +9,23 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
-from vlkr.datasets.options import DataConfig
-from vlkr.datasets.pipelines import (
+from vlkr.datasets.epochs import FewShotImages, MemoryBatches, MemoryPlan, TrainLoader
+from vlkr.datasets.loading import (
     BadSamples,
     Batch,
-    EpochSampler,
-    FewShotImages,
+    PixelTransform,
+    TrainTransform,
+    Transform,
     collate,
     evaluation_loader,
+    without_normalization,
 )
+from vlkr.datasets.options import DataConfig
 from vlkr.datasets.registry import Dataset
 from vlkr.datasets.samples import Sample, Source, View, good_samples, shuffled_by_hash
 from vlkr.datasets.split_files import FewShotSplit, write_split
 from vlkr.datasets.splits import draw_split
-from vlkr.datasets.streaming import (
-    BatchOrder,
-    EpochPlan,
-    StreamedBatches,
-    TrainLoader,
-)
-from vlkr.datasets.transforms import (
-    PixelTransform,
-    TrainTransform,
-    Transform,
-    without_normalization,
-)
+from vlkr.datasets.streaming import EpochPlan, StreamedBatches
 from vlkr.runtime import rank, world_size
 
 
@@ -107,32 +99,16 @@ class FewShotDataModule(L.LightningDataModule):
         """Whole batches, oversampled to ``min_steps_per_epoch``; true epochs of a stream."""
         rank, processes = self._place()
         own = self.options
-        workers: dict[str, Any] = {
-            "num_workers": own.num_workers,
-            "persistent_workers": own.num_workers > 0,
-        }
+        steps = own.batch_size, own.min_steps_per_epoch, processes, self.seed
+        batches: MemoryBatches | StreamedBatches
         if self.train_images is not None:
-            order = EpochSampler(
-                len(self.train_images),
-                own.batch_size,
-                own.min_steps_per_epoch,
-                self.seed,
-                rank,
-                processes,
-            )
-            workers |= {"batch_size": own.batch_size, "collate_fn": collate}
-            return TrainLoader(self.train_images, order, self.bad, **workers)
-        plan = EpochPlan(
-            self.counts,
-            own.batch_size,
-            own.min_steps_per_epoch,
-            processes,
-            self.seed,
-            own.shuffle_buffer,
-        )
-        source = View(shuffled_by_hash(self.pool), times=self.train_keys)
-        batches = StreamedBatches(source, plan, self.train_transform, self.bad)
-        return TrainLoader(batches, BatchOrder(plan, rank), self.bad, batch_size=None, **workers)
+            plan = MemoryPlan(len(self.train_images), *steps)
+            batches = MemoryBatches(self.train_images, plan)
+        else:
+            source = View(shuffled_by_hash(self.pool), times=self.train_keys)
+            stream = EpochPlan(self.counts, *steps, own.shuffle_buffer)
+            batches = StreamedBatches(source, stream, self.train_transform, self.bad)
+        return TrainLoader(batches, rank, self.bad, own.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """The validation images once over all processes; none when every class is short."""

@@ -16,18 +16,14 @@ from torchvision.transforms import v2
 
 from vlkr.datasets import BadSample, Sample, load_dataset
 from vlkr.datasets.images import decode_image
-from vlkr.datasets.pipelines import (
+from vlkr.datasets.loading import (
     BadSamples,
-    EpochSampler,
-    FewShotImages,
     Item,
+    PixelTransform,
     SampleStream,
+    TrainTransform,
     collate,
     evaluation_loader,
-)
-from vlkr.datasets.transforms import (
-    PixelTransform,
-    TrainTransform,
     to_tensor,
     without_normalization,
 )
@@ -106,113 +102,6 @@ def test_evaluation_has_the_models_own_pixels(tmp_path, workers):
         assert torch.equal(loader.normalize(batch.images), torch.stack(expected))
 
 
-# Few images in memory
-
-
-def test_augmentation_follows_from_the_item_alone():
-    samples = [Sample(f"k{i}", color_image("red", i), i) for i in range(2)]
-    images = FewShotImages(samples, AUGMENT)
-    state = torch.get_rng_state()
-    first, label, key, domain = images[1, 7]
-    assert (label, key, domain) == (1, "k1", None)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(99)
-    assert torch.equal(images[1, 7].image, first)
-    assert not torch.equal(images[1, 8].image, first)
-    flipped = [images[0, seed].image for seed in range(8)]
-    assert not any(torch.equal(image.flip(-1), image) for image in flipped)
-
-
-def test_images_are_decoded_once_and_kept_as_bytes():
-    samples = tiny_samples(3)
-    images = FewShotImages([*samples, samples[0]], pixels)
-    assert all(image.dtype == torch.uint8 for image in images.images)
-    assert images.nbytes == 3 * 4 * 4 * 3  # a repeated one is kept once
-    with mock.patch("vlkr.datasets.pipelines.decode_image", side_effect=AssertionError):
-        assert [int(images[i, 0].image[0, 0, 0]) for i in range(4)] == [0, 1, 2, 0]
-    assert images.keys == ["k0", "k1", "k2", "k0"]
-    assert not any(sample.image for sample in images.samples)
-
-
-def test_images_beyond_the_bound_stay_encoded():
-    samples = tiny_samples(5)
-    decoded = FewShotImages(samples, AUGMENT)
-    encoded = FewShotImages(samples, AUGMENT, max_bytes=4 * 48)
-    assert encoded.images is None
-    assert encoded.nbytes == sum(len(sample.image) for sample in samples)
-    for item in ((3, 5), (0, 1)):
-        assert torch.equal(encoded[item].image, decoded[item].image)
-
-
-def test_bad_images_in_memory_are_left_out_and_counted():
-    samples = [tiny_samples(1)[0], Sample("bad", b"no image", 1), *tiny_samples(3)[1:]]
-    with pytest.raises(VlkrError, match="sample 'bad'"):
-        FewShotImages(samples, pixels)
-    bad = BadSamples(1)
-    images = FewShotImages(samples, pixels, bad=bad)
-    assert images.keys == ["k0", "k1", "k2"]
-    with pytest.warns(UserWarning, match="^1 bad sample was skipped; the first: sample 'bad'"):
-        bad.warn()
-    bad.warn()  # and is told once
-
-
-def test_bad_images_that_stay_encoded_are_replaced_within_their_batch():
-    samples = [*tiny_samples(2), Sample("bad", b"no image", 1), *tiny_samples(4)[2:]]
-    images = FewShotImages(samples, pixels, max_bytes=1, bad=BadSamples(1))
-    batch = collate([images[i, 0] for i in range(5)])
-    assert batch.keys == ["k0", "k1", "k2", "k2", "k3"]
-    assert batch.images[:, 0, 0, 0].tolist() == [0, 1, 2, 2, 3]
-
-
-# Order
-
-
-@pytest.mark.parametrize(
-    ("num_samples", "batch_size", "min_steps", "steps"),
-    [(10, 4, 1, 3), (12, 4, 1, 3), (10, 4, 8, 8), (1, 4, 2, 2), (100, 32, 3, 4)],
-)
-def test_an_epoch_is_whole_batches_of_whole_permutations(num_samples, batch_size, min_steps, steps):
-    sampler = EpochSampler(num_samples, batch_size, min_steps, seed=3)
-    order = [index for index, _ in sampler]
-    assert len(sampler) == len(order) == steps * batch_size
-    counts = Counter(order)
-    assert set(counts) == set(range(num_samples))
-    assert max(counts.values()) - min(counts.values()) <= 1
-    whole = len(order) // num_samples
-    for start in range(0, whole * num_samples, num_samples):
-        assert sorted(order[start : start + num_samples]) == list(range(num_samples))
-
-
-def test_order_follows_from_seed_and_epoch():
-    def epoch(seed, number):
-        sampler = EpochSampler(10, 4, 5, seed)
-        sampler.set_epoch(number)
-        return list(sampler)
-
-    assert epoch(1, 2) == epoch(1, 2)
-    different = [epoch(seed, number) for seed in (1, 2) for number in (0, 1, 2)]
-    assert all(a != b for i, a in enumerate(different) for b in different[:i])
-    seeds = [seed for items in different for _, seed in items]
-    assert len(set(seeds)) == len(seeds)
-
-
-def test_processes_share_an_epoch_without_overlap():
-    whole = list(EpochSampler(10, 8, 1, seed=1))
-    parts = [list(EpochSampler(10, 4, 1, 1, rank=r, world_size=2)) for r in (0, 1)]
-    assert [item for pair in zip(*parts, strict=True) for item in pair] == whole
-
-
-def test_an_epoch_can_be_begun_later():
-    sampler = EpochSampler(10, 4, 5, 1)
-    sampler.set_epoch(2)
-    whole = list(sampler)
-    sampler.start = 3
-    sampler.set_epoch(2)
-    assert list(sampler) == whole[12:]
-    sampler.set_epoch(3)
-    assert len(list(sampler)) == 20
-
-
 # Batches
 
 
@@ -286,11 +175,11 @@ def test_every_sample_is_in_one_share(processes, workers):
 def share_keys(source, rank, processes, worker, workers):
     info = mock.Mock(id=worker, num_workers=workers)
     with (
-        mock.patch("vlkr.datasets.pipelines.get_worker_info", return_value=info),
+        mock.patch("vlkr.datasets.loading.get_worker_info", return_value=info),
         mock.patch.multiple(
-            "vlkr.datasets.pipelines", rank=lambda: rank, world_size=lambda: processes
+            "vlkr.datasets.loading", rank=lambda: rank, world_size=lambda: processes
         ),
-        mock.patch("vlkr.datasets.pipelines.decode_image", return_value=None),
+        mock.patch("vlkr.datasets.loading.decode_image", return_value=None),
     ):
         stream = SampleStream(source, lambda image: torch.zeros(3, 1, 1), BadSamples())
         return [item.key for item in stream]
