@@ -8,6 +8,9 @@ from faults.processes import Server
 from helpers import write_clip, write_images
 from hypothesis import HealthCheck, Phase, settings
 
+from vlkr.datasets import BadSample
+from vlkr.errors import VlkrError
+
 _CASES, _FIGURES = "drill", "drill's figures"
 _totals: Counter = Counter()
 _figures: list[str] = []
@@ -75,6 +78,28 @@ def case(request):
     found = [[*key, number] for key, number in counted.counts.items()]
     request.node.user_properties += [(_CASES, found), (_FIGURES, counted.figures)]
     assert found, "this test of the drill has counted no case"
+
+
+@pytest.fixture
+def read():
+    """Calls a reader, and gives None if it refuses.
+
+    Each test compares with another reader what is read and what is refused, and at least one input
+    in 20 must be read.
+    """
+    outcomes = Counter()
+
+    def attempt(reader, *arguments):
+        try:
+            value = reader(*arguments)
+        except VlkrError:
+            value = None
+        value = None if isinstance(value, BadSample) else value
+        outcomes["refused" if value is None else "read"] += 1
+        return value
+
+    yield attempt
+    assert outcomes["read"] >= 0.05 * outcomes.total() > 0
 
 
 # The properties travel with the report, from xdist's workers too.

@@ -7,7 +7,6 @@ import os
 import shutil
 import tarfile
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -206,28 +205,6 @@ JSON_LIKE = st.recursive(
     max_leaves=12,
 )
 MAPPINGS = st.dictionaries(st.text(max_size=5), JSON_LIKE, max_size=5)
-
-
-@pytest.fixture
-def read():
-    """Calls a reader, and gives None if it refuses.
-
-    Each test compares with another reader what is read and what is refused, and at least one input
-    in 20 must be read.
-    """
-    outcomes = Counter()
-
-    def attempt(reader, *arguments):
-        try:
-            value = reader(*arguments)
-        except VlkrError:
-            value = None
-        value = None if isinstance(value, BadSample) else value
-        outcomes["refused" if value is None else "read"] += 1
-        return value
-
-    yield attempt
-    assert outcomes["read"] >= 0.05 * outcomes.total() > 0
 
 
 @settings.get_profile("drill")

@@ -221,12 +221,18 @@ def _read_target(entry: Mapping[str, Any]) -> Target:
     in_features, out_features = entry["in_features"], entry["out_features"]
     if not all(type(size) is int and 0 < size < 2**31 for size in (in_features, out_features)):
         raise ValueError(f"sizes {in_features}, {out_features} are not 1 to 2**31 - 1")
-    rows = None
-    if entry["rows"] is not None:
-        first, past = map(int, entry["rows"])
+    module, name, parameter, rows = (entry[k] for k in ("module", "name", "parameter", "rows"))
+    if not all(type(text) is str for text in (module, name, parameter)):
+        raise ValueError(f"module, name and parameter {module, name, parameter} are not all text")
+    if rows is not None:
+        first, past = rows
+        if type(first) is not int or type(past) is not int:
+            raise ValueError(f"rows {rows} are not two integers")
         rows = (first, past)
-    slot = Slot(str(entry["parameter"]), rows)
-    return Target(str(entry["module"]), slot, str(entry["name"]), in_features, out_features)
+    target = Target(module, Slot(parameter, rows), name, in_features, out_features)
+    if target.slot_name != name:
+        raise ValueError(f"name {name!r} is not {target.slot_name!r}")
+    return target
 
 
 def _check_fit(
