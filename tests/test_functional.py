@@ -293,6 +293,12 @@ def test_decompose_is_numpys_svd(shape, scale, condition):
         torch.testing.assert_close(image, expected_image, rtol=0, atol=1e-5 * expected[0].item())
 
 
+def test_directions_without_a_singular_value_are_left_out():
+    sigma, left, right = decompose(torch.randn(6, 2) @ torch.randn(2, 5), leading=4)
+    assert (sigma > 0).tolist() == [True, True, False, False, False]
+    assert (left.shape, right.shape) == ((6, 2), (5, 2))
+
+
 def test_decompose_of_zero_has_no_directions():
     found = decompose(torch.zeros(4, 6), leading=3)
     assert found.sigma.tolist() == [0] * 4

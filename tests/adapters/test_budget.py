@@ -93,6 +93,8 @@ def test_only_shapes_are_read(tiny_clip):
         assert count_parameters("lora", model, rank=3) == counts[1]
     with pytest.raises(VlkrError, match="'rnk'"):
         count_parameters("lora", tiny_clip, rnk=3)
+    with pytest.raises(VlkrError, match="0 has no bias"):
+        count_parameters("bitfit", nn.Sequential(nn.Linear(4, 4, bias=False)), targets=["0"])
 
 
 def test_a_goal_below_the_smallest_size_takes_the_smallest(tiny_clip):

@@ -153,6 +153,11 @@ def test_dora_rescales_the_rows_of_the_low_rank_update(in_features, out_features
     rows = zip(adapter.magnitude, updated, strict=True)
     adapted = torch.stack([m * row / row.square().sum().sqrt() for m, row in rows])
     assert_near(weight + adapter.delta(weight), adapted)
+    # The norm is constant in the gradient (section 4.3).
+    grad = torch.randn_like(weight)
+    (grad_b,) = torch.autograd.grad(adapter.delta(weight), adapter.lora_B, grad)
+    ratio = adapter.magnitude / updated.norm(dim=1)
+    assert_near(grad_b, 2 * (ratio[:, None] * grad) @ adapter.lora_A.T)
     adapter.init_from_weight(weight)
     assert_near(adapter.magnitude.detach(), weight.square().sum(1).sqrt())
 
