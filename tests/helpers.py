@@ -39,7 +39,9 @@ _PREPROCESS = {
 }
 
 
-def tolerance(like: torch.Tensor, terms: int = 1, condition: float = 1.0) -> float:
+def tolerance(
+    like: torch.Tensor, terms: int = 1, condition: float = 1.0, scale: float = 0.0
+) -> float:
     """The largest difference that rounding makes between two ways of computing ``like``.
 
     Every product and sum is off by an eps of the dtype, a sum of ``terms`` by so many at worst, and
@@ -50,9 +52,19 @@ def tolerance(like: torch.Tensor, terms: int = 1, condition: float = 1.0) -> flo
         like: one of the results; its largest magnitude counts.
         terms: length of the longest sum.
         condition: by how much errors of the operands grow.
+        scale: magnitude of the summed terms, where they may cancel.
     """
-    largest = float(like.detach().abs().max()) or 1.0
+    largest = max(float(like.detach().abs().max()), scale) or 1.0
     return 32 * torch.finfo(like.dtype).eps * terms * condition * largest
+
+
+def assert_near(actual, expected, *, terms=64, condition=1.0, scale=0.0) -> None:
+    """Asserts that tensors, or sequences of tensors, differ by no more than :func:`tolerance`."""
+    if isinstance(expected, torch.Tensor):
+        actual, expected = [actual], [expected]
+    for one, other in zip(actual, expected, strict=True):
+        atol = tolerance(other, terms, condition, scale) if other.numel() else 0.0
+        torch.testing.assert_close(one, other, rtol=0, atol=atol, check_stride=False)
 
 
 def write_clip(folder: Path, seed: int = 0) -> str:

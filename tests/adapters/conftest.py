@@ -21,11 +21,20 @@ OPTIONS = {
 
 
 def pytest_generate_tests(metafunc):
-    own = [str(mark.args[0]) for mark in metafunc.definition.iter_markers("parametrize")]
-    if "method" in metafunc.fixturenames and "method" not in own:
-        metafunc.parametrize("method", list(ADAPTERS))
-    if "host" in metafunc.fixturenames:
+    """Runs every method on two hosts and every host with two methods."""
+    own = str([mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")])
+    wanted = [n for n in ("host", "method") if n in metafunc.fixturenames and f"'{n}'" not in own]
+    if wanted == ["host", "method"]:
+        pairs = dict.fromkeys(
+            [(host, method) for host in ("linear-wide", "mha-split") for method in ADAPTERS]
+            + [(host, method) for host in HOSTS for method in ("kradapter", "lora")]
+        )
+        values = [(HOSTS[host], method) for host, method in pairs]
+        metafunc.parametrize(("host", "method"), values, ids=map("-".join, pairs))
+    elif wanted == ["host"]:
         metafunc.parametrize("host", HOSTS.values(), ids=list(HOSTS))
+    elif wanted == ["method"]:
+        metafunc.parametrize("method", list(ADAPTERS))
 
 
 class SelfAttention(nn.Module):
@@ -158,10 +167,10 @@ def adapt():
 
     def add(model, method, *, trained=True, **keywords):
         base = deepcopy(model)
-        found = add_adapters(model, method, **{**OPTIONS.get(method, {}), **keywords})
+        targets = add_adapters(model, method, **{**OPTIONS.get(method, {}), **keywords})
         if trained:
             disturb(model)
-        return model, base, found
+        return model, base, targets
 
     return add
 
@@ -180,9 +189,7 @@ def _disturb():
 
 @pytest.fixture
 def adapt_host(host, method, adapt):
-    """The host, adapted; skips what the method cannot do there."""
-    if method == "bitfit" and host is HOSTS["mha-kdim"]:
-        pytest.skip("the bias of q, k and v is fused there")
+    """Makes the host, adapted and as it was."""
 
     def add(dtype=torch.float32, **keywords):
         model, base, _ = adapt(host.build().to(dtype), method, targets=host.targets, **keywords)
@@ -197,11 +204,11 @@ def dense_weights():
 
     def dense(model, base):
         weights = {}
-        for placed in injected_adapters(model):
-            name = f"{placed.module}.{placed.slot.parameter}".lstrip(".")
+        for injected in injected_adapters(model):
+            name = f"{injected.module}.{injected.slot.parameter}".lstrip(".")
             weight = base.get_parameter(name)
-            rows = slice(*(placed.slot.rows or (None,)))
-            weights.setdefault(name, weight.clone())[rows] += placed.adapter.delta(weight[rows])
+            rows = slice(*(injected.slot.rows or (None,)))
+            weights.setdefault(name, weight.clone())[rows] += injected.adapter.delta(weight[rows])
         return weights
 
     return dense

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import assert_near
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -82,6 +83,8 @@ def test_two_processes_train_as_one_on_the_joined_batch(method, kind, tmp_path):
     single = make(method)
     start = {key: value.clone() for key, value in single.state_dict().items()}
     train(single, batch())
-    torch.testing.assert_close(joint, dict(single.state_dict()), rtol=1e-4, atol=1e-6)
+    own = single.state_dict()
+    assert joint.keys() == own.keys()
+    assert_near(joint.values(), own.values(), condition=8)
     changed = {key for key in start if not torch.equal(start[key], joint[key])}
     assert changed == {key for key in start if ".adapters." in key}

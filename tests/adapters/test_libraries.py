@@ -4,6 +4,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from helpers import assert_near
 from torch import nn
 from torchvision.models import VisionTransformer
 from transformers import (
@@ -126,24 +127,25 @@ def test_every_adapter_acts_in_the_whole_model(build, targets, training, adapt, 
     model, base, _ = adapt(model, "kradapter", targets=targets)
     images = torch.randn(2, 3, 28, 28)
     y, expected = features(model, images), features(plain(model, base), images)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    assert_near(y, expected, condition=8)
     assert (y - features(base, images)).abs().max() > 1e-3
     (y * torch.randn_like(y)).sum().backward()  # features may have unit length
     assert all(p.grad is not None and p.grad.any() for p in adapter_parameters(model))
     with torch.no_grad():
-        torch.testing.assert_close(features(model, images), expected, rtol=1e-4, atol=1e-5)
+        assert_near(features(model, images), expected, condition=8)
 
 
 @pytest.mark.parametrize("targets", [SHORT_NAMES, ("qkv", "out", "fc1", "fc2")])
+@pytest.mark.parametrize("method", ["kradapter", "lora", "dora", "bitfit"])
 def test_tiny_open_clip_equals_a_plain_one_with_the_adapted_weights(
     targets, method, tiny_clip, adapt, plain
 ):
     model, base, _ = adapt(tiny_clip, method, targets=targets)
     images, tokens = torch.randn(2, 3, 16, 16), torch.randint(1, 64, (3, 8))
     outputs = [one(images, tokens)[:2] for one in (model, plain(model, base), base)]
-    for found, expected, before in zip(*outputs, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        assert (found - before).abs().max() > 1e-3
+    for output, expected, before in zip(*outputs, strict=True):
+        assert_near(output, expected, condition=8)
+        assert (output - before).abs().max() > 1e-3
     sum((features * torch.randn(16)).sum() for features in outputs[0]).backward()
     assert all(p.grad.isfinite().all() for p in adapter_parameters(model))
 
@@ -167,6 +169,6 @@ def test_vit_b_32_with_merged_weights_is_a_plain_open_clip_model():
     other = open_clip.create_model("ViT-B-32").eval()
     assert model.state_dict().keys() == other.state_dict().keys()
     other.load_state_dict(model.state_dict())
-    for found, expected, base in zip(adapted, features(other), before, strict=True):
-        assert (found - expected).abs().max() < 1e-4
-        assert (found - base).abs().max() > 1e-2
+    for output, expected, base in zip(adapted, features(other), before, strict=True):
+        assert_near(output, expected, terms=768)
+        assert (output - base).abs().max() > 1e-2

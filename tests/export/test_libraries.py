@@ -12,10 +12,17 @@ from peft import PeftModel
 
 from vlkr.adapters import load_adapter
 from vlkr.errors import VlkrError
+from vlkr.export import parity
 from vlkr.export import timm as timm_export
 from vlkr.export.export import export, load_export, load_input
 from vlkr.export.formats import get_format
 from vlkr.models.clip import clip_shapes, load_clip
+
+
+@pytest.fixture(autouse=True)
+def _few_images(monkeypatch):
+    """Every test makes comparisons of its own beside those of an export."""
+    monkeypatch.setattr(parity, "MAX_IMAGES", 4)
 
 
 @pytest.mark.parametrize(
@@ -41,19 +48,6 @@ def test_timm_tower_of_a_clip(pool, write_model, make_run, digit_images, tmp_pat
     with torch.no_grad():
         torch.testing.assert_close(model(pixels), plain.model.encode_image(pixels))
     assert model.num_classes == 24
-
-
-@pytest.fixture
-def refusal(write_model, make_run, tmp_path):
-    """Gives the message that a format refuses a small model with."""
-
-    def refusal(name, **changes):
-        clip = write_model(tmp_path / "clip", **changes)
-        with pytest.raises(VlkrError) as raised:
-            get_format(name)(load_input(make_run(tmp_path / "run", clip), 1.0)[0])
-        return str(raised.value).replace(clip, "local-dir:clip")
-
-    return refusal
 
 
 ARCHITECTURES = {
@@ -102,54 +96,39 @@ def test_transformers_of_other_architectures(name, write_model, make_run, digit_
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "vision", "text", "changes", "message"),
     [
+        ("transformers", {"layers": [1] * 4, "width": 16}, {}, {}, "tower is a ModifiedResNet"),
+        ("transformers", {"attentional_pool": True}, {}, {}, "pools by attention"),
+        ("transformers", {"pool_type": "avg"}, {}, {}, "tower pools 'avg', expected 'tok'"),
+        ("transformers", {"no_ln_pre": True}, {}, {}, "vision_model.pre_layrnorm.weight"),
+        ("transformers", {"ls_init_value": 0.1}, {}, {}, "no place for visual.transformer.resbl"),
+        ("transformers", {"qk_norm": True}, {}, {}, "has blocks CustomResidualAttentionBlock"),
+        ("transformers", {}, {"pool_type": "last"}, {}, "tower pools 'last', expected 'argmax'"),
+        ("transformers", {}, {"no_causal_mask": True}, {}, "text tower is not causal"),
+        ("transformers", {}, {"proj_bias": True}, {}, "no place for text_projection.weight"),
+        ("transformers", {}, {}, {"init_logit_bias": -10.0}, "no place for logit_bias"),
         (
-            {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 16}},
-            "image tower is a ModifiedResNet",
-        ),
-        ({"vision_cfg": {"attentional_pool": True}}, "pools by attention"),
-        (
-            {"vision_cfg": {"pool_type": "avg"}},
-            "image tower pools 'avg', expected 'tok'",
-        ),
-        ({"vision_cfg": {"no_ln_pre": True}}, "vision_model.pre_layrnorm.weight"),
-        (
-            {"vision_cfg": {"ls_init_value": 0.1}},
-            "no place for visual.transformer.resblocks.0.ls_1",
-        ),
-        (
-            {"vision_cfg": {"qk_norm": True}},
-            "has blocks CustomResidualAttentionBlock",
-        ),
-        (
-            {"text_cfg": {"pool_type": "last"}},
-            "text tower pools 'last', expected 'argmax'",
-        ),
-        ({"text_cfg": {"no_causal_mask": True}}, "text tower is not causal"),
-        ({"text_cfg": {"proj_bias": True}}, "no place for text_projection.weight"),
-        ({"init_logit_bias": -10.0}, "no place for logit_bias"),
-        (
-            {"text_cfg": {"tokenizer_kwargs": {"clean": "whitespace"}}},
+            *("transformers", {}, {"tokenizer_kwargs": {"clean": "whitespace"}}, {}),
             "CLIP's own tokenizer",
         ),
-        ({"resize_mode": "longest"}, "no resize mode 'longest'"),
+        ("transformers", {}, {}, {"resize_mode": "longest"}, "no resize mode 'longest'"),
+        ("timm", {}, {}, {}, "of 'local-dir:clip' is a VisionTransformer, not a timm model"),
+        (
+            *("timm", {"timm_model_name": "test_vit", "timm_proj": "mlp", "image_size": 160}),
+            *({}, {}, "ends in Mlp, and timm's head holds one linear layer"),
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:the visual tower has nothing to adapt")
-def test_transformers_refuses_what_it_cannot_hold(changes, message, refusal):
-    assert message in refusal("transformers", **changes)
-
-
-def test_timm_refuses_what_it_cannot_hold(refusal):
-    message = refusal("timm")
-    assert "image tower of 'local-dir:clip' is a VisionTransformer, not a timm model" in message
-
-
-def test_timm_refuses_more_than_a_linear_head(refusal):
-    vision = {"timm_model_name": "test_vit", "timm_proj": "mlp", "image_size": 160}
-    message = refusal("timm", vision_cfg=vision)
-    assert "ends in Mlp, and timm's head holds one linear layer" in message
+def test_what_a_format_cannot_hold_is_refused(
+    name, vision, text, changes, message, write_model, make_run, tmp_path
+):
+    clip = write_model(tmp_path / "clip", vision_cfg=vision, text_cfg=text, **changes)
+    source, _ = load_input(make_run(tmp_path / "run", clip), 1.0)
+    with pytest.raises(VlkrError) as raised:
+        get_format(name)(source)
+    assert message in str(raised.value).replace(clip, "local-dir:clip")
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -160,13 +139,13 @@ def test_timm_refuses_more_than_a_linear_head(refusal):
         (("qkv", "fc1"), {"rank": 3, "use_rslora": True}, 0.5),
     ],
 )
-def test_lora_for_peft(targets, options, alpha, small, make_run, tmp_path):
+def test_lora_for_peft(targets, options, alpha, small, run, make_run, exported, tmp_path):
+    base_folder = exported(run, "transformers", alpha=0).folder  # of the same base model
     run = make_run(tmp_path / "run", small, adapter="lora", std=0.2, targets=targets, **options)
-    export(run, tmp_path / "base", format="transformers", alpha=0)
     export(run, tmp_path / "out", format="adapter", alpha=alpha)
     pixels, tokens = torch.randn(4, 3, 16, 16), load_clip(small).tokenizer(["red", "a blue one"])
     plain = load_input(run, alpha)[0].merged
-    base = transformers.CLIPModel.from_pretrained(tmp_path / "base")
+    base = transformers.CLIPModel.from_pretrained(base_folder)
     with torch.no_grad():
         before = base(pixel_values=pixels, input_ids=tokens)
         found = PeftModel.from_pretrained(base, tmp_path / "out").eval()(
@@ -185,22 +164,14 @@ def test_lora_for_peft(targets, options, alpha, small, make_run, tmp_path):
         torch.testing.assert_close(features, wanted["image_embeds"], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("open_clip", "model 'timm:test_vit' has no text tower, and format open_clip holds"),
-        ("transformers", "has no text tower, and format transformers holds image-text"),
-    ],
-)
-def test_a_model_without_text(name, message, vit_run, tmp_path):
-    with pytest.raises(VlkrError, match=message):
-        export(vit_run, tmp_path / "out", format=name)
-    assert tree(tmp_path) == {}
-
-
-def test_vit_without_text_as_adapter(vit_run, tmp_path):
-    found = export(vit_run, tmp_path / "out", format="adapter").parity
-    assert found.min_text_cosine is None
+def test_a_model_without_text(vit_run, tmp_path):
+    for name in ("open_clip", "transformers"):
+        message = f"model 'timm:test_vit' has no text tower, and format {name} holds image-text"
+        with pytest.raises(VlkrError, match=message):
+            export(vit_run, tmp_path / "out", format=name)
+        assert tree(tmp_path) == {}
+    result = export(vit_run, tmp_path / "out", format="adapter")
+    assert result.parity.min_text_cosine is None
     assert load_export(tmp_path / "out").classifier.class_names[:2] == ("zero", "one")
 
 

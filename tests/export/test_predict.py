@@ -100,18 +100,21 @@ def test_files_are_taken_in_their_order_and_repeatedly(model, photos, capsys):
     assert [line["image"] for line in lines] == [str(path) for path in paths]
     assert lines[0] == lines[2]
     assert "top" not in lines[0]
-
-
-def test_no_images_are_no_predictions(model):
     assert predict(model, []).text() == "image,label,probability,error\n"
 
 
 # How it is shown
 
 
-def test_csv(model, photos, expected, capsys):
-    status, captured = run_predict(capsys, "--model", model, photos, "--format=csv")
-    assert status == 0
+def test_csv(model, photos, expected, capsys, monkeypatch):
+    """Also the progress, which only a terminal shows."""
+    words = ["--model", model, photos, "--format=csv"]
+    status, captured = run_predict(capsys, *words)
+    assert (status, captured.err) == (0, "")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    _, shown = run_predict(capsys, *words)
+    assert "7 of 7 images" in shown.err
+    assert shown.out == captured.out
     rows = list(csv.DictReader(captured.out.splitlines()))
     assert list(rows[0]) == ["image", "label", "probability", "error"]
     assert [row["label"] for row in rows] == [NAMES[i] for i in expected.argmax(1)]
@@ -145,6 +148,10 @@ def test_an_unreadable_image_is_reported_in_its_row(
 ):
     monkeypatch.setenv("COLUMNS", "300")
     broken, good = tmp_path / "broken.png", photos / "gray.jpg"
+    broken.write_bytes(b"garbage")
+    status, (line,) = lines_of(capsys, "--model", model, broken)  # a batch without pixels
+    assert status == 1
+    assert line == {"image": str(broken), "error": "is not an image in a known format"}
     broken.write_bytes(color_image("red", 1)[:150])
     status, captured = run_predict(capsys, "--model", model, good, broken, good, "--format", shown)
     assert status == 1
@@ -159,14 +166,6 @@ def test_an_unreadable_image_is_reported_in_its_row(
         assert first == third
     else:
         assert "3 images, 1 of them could not be read" in captured.out
-
-
-def test_nothing_but_unreadable_images(model, tmp_path, capsys):
-    path = tmp_path / "a.png"
-    path.write_bytes(b"garbage")
-    status, lines = lines_of(capsys, "--model", model, tmp_path)
-    assert status == 1
-    assert lines == [{"image": str(path), "error": "is not an image in a known format"}]
 
 
 @pytest.mark.parametrize(
@@ -190,16 +189,6 @@ def test_written_to_a_file(name, options, model, photos, tmp_path, capsys):
     assert "exists already; name another file, or --force replaces it" in captured.err
     assert run_predict(capsys, *words, "--force")[0] == 0
     assert tree(tmp_path) == {name: before}
-
-
-def test_progress_is_for_terminals(model, photos, capsys, monkeypatch):
-    words = ["--model", model, photos, "--format=csv"]
-    _, plain = run_predict(capsys, *words)
-    assert plain.err == ""
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    _, shown = run_predict(capsys, *words)
-    assert "7 of 7 images" in shown.err
-    assert shown.out == plain.out
 
 
 @pytest.mark.slow

@@ -61,6 +61,11 @@ def pixels_of(metadata):
     return np.ascontiguousarray(((np.stack(squashed) - mean) / std).transpose(0, 3, 1, 2))
 def save(name, **arrays):
     np.savez(name + ".npz", **{key: np.asarray(array) for key, array in arrays.items()})
+def save_all(name, model, features, texts):
+    classes = texts.unflatten(0, (len(names), -1)).mean(1)
+    classes = classes / classes.norm(dim=-1, keepdim=True)
+    logits = model.logit_scale.exp().detach() * features @ classes.T
+    save(name, features=features, texts=texts, logits=logits)
 """
 
 # What a user does next, by README's names: features of images and texts, logits of the classes.
@@ -71,18 +76,13 @@ model.eval()
 with torch.no_grad():
     features = model.encode_image(torch.stack([preprocess(i) for i in images]), normalize=True)
     texts = model.encode_text(tokenizer(prompts), normalize=True)
-classes = torch.nn.functional.normalize(texts.unflatten(0, (len(names), -1)).mean(1), dim=-1)
-logits = model.logit_scale.exp().detach() * features @ classes.T
-save(NAME, features=features, texts=texts, logits=logits)
+save_all(NAME, model, features, texts)
 """,
     "transformers": """
 import torch
 with torch.no_grad():
     found = model(**processor(text=prompts, images=images, padding=True, return_tensors="pt"))
-texts = found.text_embeds
-classes = torch.nn.functional.normalize(texts.unflatten(0, (len(names), -1)).mean(1), dim=-1)
-logits = model.logit_scale.exp().detach() * found.image_embeds @ classes.T
-save(NAME, features=found.image_embeds, texts=texts, logits=logits)
+save_all(NAME, model, found.image_embeds, found.text_embeds)
 """,
     "timm": """
 import torch
@@ -106,9 +106,7 @@ from transformers import AutoProcessor
 processor = AutoProcessor.from_pretrained("base")
 with torch.no_grad():
     found = model(**processor(text=prompts, images=images, padding=True, return_tensors="pt"))
-texts = found.text_embeds
-classes = torch.nn.functional.normalize(texts.unflatten(0, (len(names), -1)).mean(1), dim=-1)
-save(NAME, features=found.image_embeds, texts=texts, logits=found.image_embeds @ classes.T)
+save_all(NAME, model, found.image_embeds, found.text_embeds)
 """,
     "onnx": """
 def session(name):

@@ -14,7 +14,7 @@ from vlkr.adapters import LoRA, load_adapter, save_adapter
 from vlkr.adapters.inject import InjectedAdapter, injected_adapters
 from vlkr.adapters.targets import transformers_name
 from vlkr.errors import VlkrError
-from vlkr.export.formats import Classifier, Exported, ExportInput, Format, Manifest
+from vlkr.export.formats import Exported, ExportInput, Format
 from vlkr.export.hf_clip import clip_mismatch
 from vlkr.files import write_json
 from vlkr.models.clip import encode_image, encode_text
@@ -30,18 +30,16 @@ model = PeftModel.from_pretrained(CLIPModel.from_pretrained("base"), "{folder}")
 class ExportedAdapter(Exported):
     """An export run by vlkr, with the base model from its original location."""
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, classifier: Classifier, device: torch.device
-    ) -> None:
-        super().__init__(folder, manifest, classifier, device)
+    def _load(self) -> None:
+        manifest = self.manifest
         self.bundle = load_model(manifest.base_model, manifest.base_pretrained)
         if self.bundle.weights_hash != manifest.base_sha256:
             raise VlkrError(
-                f"{folder} was made for a different base: {manifest.base_model!r} with weights "
-                f"{manifest.base_sha256[:12]}, got {self.bundle.weights_hash[:12]}"
+                f"{self.folder} was made for a different base: {manifest.base_model!r} with "
+                f"weights {manifest.base_sha256[:12]}, got {self.bundle.weights_hash[:12]}"
             )
-        load_adapter(self.bundle.model, folder)
-        self.bundle.model.to(device).eval()
+        load_adapter(self.bundle.model, self.folder)
+        self.bundle.model.to(self.device).eval()
         self.preprocess = self.bundle.preprocess
 
     def image_features(self, pixels: Tensor) -> Tensor:

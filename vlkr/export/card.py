@@ -45,14 +45,7 @@ def model_card(
 ) -> str:
     """Returns a ``README.md`` with YAML front matter.
 
-    Args:
-        source: the adapted model.
-        format: that wrote it.
-        manifest: of the export.
-        parity: agreement of the export with the adapted model.
-        command: that wrote the export.
-        folder: name of the export, for the lines that load it.
-        repository: on the hub, if the export goes there.
+    ``folder`` is the export's name in the lines that load it, ``repository`` its place on the hub.
     """
     folder = printable(folder)
     download = (
@@ -221,14 +214,7 @@ def check_repository(repository: str) -> None:
 
 
 def push(folder: Path, repository: str) -> str:
-    """Uploads a folder as one commit, to a new repository if there is none.
-
-    Returns:
-        The repository's address.
-
-    Raises:
-        VlkrError: if the hub cannot be reached, or refuses.
-    """
+    """Uploads a folder as one commit, to a new repository if there is none; returns its address."""
     api = HfApi()
     try:
         address = api.create_repo(repository, exist_ok=True)

@@ -51,11 +51,11 @@ class ExportResult:
     """A written export.
 
     Attributes:
-        folder: where it is.
-        format: of its files.
-        dtype: of its weights.
-        parity: its agreement with the adapted model.
-        address: on the hub, if it was pushed there.
+        folder: path of the export.
+        format: its format, as in :func:`export`.
+        dtype: dtype of its weights.
+        parity: agreement with the adapted model.
+        address: its address on the hub, if it was pushed there.
     """
 
     folder: Path
@@ -67,13 +67,7 @@ class ExportResult:
 
     def to_json(self) -> dict[str, Any]:
         """Returns all fields."""
-        return {
-            "folder": str(self.folder),
-            "format": self.format,
-            "dtype": self.dtype,
-            "parity": self.parity.to_json(),
-            "address": self.address,
-        }
+        return asdict(self) | {"folder": str(self.folder)}
 
     def tables(self) -> list[Table]:
         """Returns none."""
@@ -162,12 +156,7 @@ def export(
 def load_input(run: Path, alpha: float) -> tuple[ExportInput, Dataset]:
     """Returns a run's adapted model, ready for export, and its dataset.
 
-    Args:
-        run: written by ``vlkr adapt``.
-        alpha: scale of the adapter, relative to the scale that the run was saved with.
-
-    Raises:
-        VlkrError: if the run cannot be read.
+    ``alpha`` is relative to the scale that the run was saved with.
     """
     folder = RunFolder.open(run)
     bundle = folder.load_model()
@@ -196,11 +185,7 @@ def load_input(run: Path, alpha: float) -> tuple[ExportInput, Dataset]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads what an export says about itself.
-
-    Raises:
-        VlkrError: if the folder does not hold an export, or its manifest is damaged.
-    """
+    """Reads an export's manifest."""
     path = folder / MANIFEST
     if not path.is_file():
         raise VlkrError(
@@ -217,11 +202,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def load_export(folder: Path, device: str = "cpu") -> Exported:
-    """Loads an export by the library that its format is made for.
-
-    Raises:
-        VlkrError: if the folder does not hold an export, or is damaged.
-    """
+    """Loads an export by the library that its format is made for, and tries it out."""
     manifest = read_manifest(folder)
     try:
         format_class = get_format(manifest.format)

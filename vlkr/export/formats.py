@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, ClassVar, cast
@@ -61,23 +61,13 @@ class Preprocessing:
 
     @classmethod
     def of(cls, bundle: ClipBundle) -> Preprocessing:
-        """Returns the settings of a model.
-
-        Raises:
-            VlkrError: for resize settings that no format can express.
-        """
-        cfg = bundle.preprocess_cfg
+        """Returns the settings of a model; an error for those that no format can express."""
+        keys = ("mean", "std", "interpolation", "resize_mode", "fill_color", "crop_pct")
+        cfg = {key: bundle.preprocess_cfg[key] for key in keys if key in bundle.preprocess_cfg}
         # "random" is drawn in training only; open_clip and timm then evaluate with bicubic.
-        random = cfg["interpolation"] == "random"
-        settings = cls(
-            size=image_size(bundle),
-            mean=tuple(cfg["mean"]),
-            std=tuple(cfg["std"]),
-            interpolation="bicubic" if random else cfg["interpolation"],
-            resize_mode=cfg["resize_mode"],
-            fill_color=cfg.get("fill_color", 0),
-            crop_pct=cfg.get("crop_pct", 1.0),
-        )
+        if cfg["interpolation"] == "random":
+            cfg["interpolation"] = "bicubic"
+        settings = cls.from_json(cfg | {"size": image_size(bundle)})
         height, width = settings.size
         is_uncropped = settings.resize_mode == "longest" or (
             settings.resize_mode == "shortest" and height != width
@@ -119,11 +109,7 @@ class Preprocessing:
         return composed
 
     def timm(self) -> dict[str, Any]:
-        """Returns the settings as entries of timm's ``pretrained_cfg``.
-
-        Raises:
-            VlkrError: if timm cannot express them.
-        """
+        """Returns the settings as entries of timm's ``pretrained_cfg``, if it can express them."""
         if self.resize_mode not in _TIMM_CROP_MODES:
             raise VlkrError(f"timm has no resize mode {self.resize_mode!r}; choose another format")
         return {
@@ -136,11 +122,7 @@ class Preprocessing:
         }
 
     def transformers(self) -> dict[str, Any]:
-        """Returns the settings as arguments of transformers' ``CLIPImageProcessor``.
-
-        Raises:
-            VlkrError: if transformers cannot express them.
-        """
+        """Returns the settings as arguments of transformers' ``CLIPImageProcessor``."""
         height, width = self.size
         shortest = self.resize_mode == "shortest"
         if self.resize_mode == "longest" or (shortest and height != width):
@@ -183,11 +165,6 @@ class Classifier:
     def logits(self, image_features: Tensor) -> Tensor:
         """Maps ``(batch, embed_dim)``, unit norm, to ``(batch, num_classes)``."""
         return self.logit_scale * image_features @ self.class_embeddings.T
-
-    def to(self, device: torch.device) -> Classifier:
-        """Returns the same classifier on another device."""
-        moved = self.class_embeddings.to(device)
-        return Classifier(self.class_names, self.templates, moved, self.logit_scale)
 
 
 @dataclass(frozen=True)
@@ -255,13 +232,11 @@ class Exported(ABC):
     """An exported model, loaded from its folder by the library its format is made for.
 
     Attributes:
+        folder: path of the export.
+        manifest: contents of its ``vlkr_export.json``.
+        classifier: class embeddings on ``device``.
+        device: device that computes.
         preprocess: maps an RGB image to ``(3, height, width)`` by the format's own settings.
-
-    Args:
-        folder: of the export.
-        manifest: of the folder.
-        classifier: of the folder.
-        device: to compute on.
     """
 
     preprocess: Callable[[Image.Image], Tensor]
@@ -269,9 +244,14 @@ class Exported(ABC):
     def __init__(
         self, folder: Path, manifest: Manifest, classifier: Classifier, device: torch.device
     ) -> None:
-        self.folder = folder
-        self.classifier = classifier.to(device)
-        self.device = device
+        self.folder, self.manifest, self.device = folder, manifest, device
+        moved = classifier.class_embeddings.to(device)
+        self.classifier = replace(classifier, class_embeddings=moved)
+        self._load()
+
+    @abstractmethod
+    def _load(self) -> None:
+        """Reads the model and ``preprocess`` from ``folder``."""
 
     @abstractmethod
     def image_features(self, pixels: Tensor) -> Tensor:
@@ -292,15 +272,12 @@ class Exported(ABC):
 
 
 class Format(ABC):
-    """A way to write an adapted model.
+    """A way to write an adapted model; the constructor refuses a model that it cannot hold.
 
     Attributes:
         library: the library that loads the export, as model hubs spell it.
         snippet: the lines that load it, with ``{folder}`` for its path.
         exported: the class of the loaded export.
-
-    Raises:
-        VlkrError: if the format cannot hold the model.
     """
 
     library: str
@@ -320,11 +297,7 @@ class Format(ABC):
 
 
 def get_format(name: str) -> type[Format]:
-    """Returns a format by its name.
-
-    Raises:
-        VlkrError: if it is unknown, or its library is not installed.
-    """
+    """Returns a format by its name; an error if its library is not installed."""
     if name not in FORMATS:
         raise VlkrError(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
     with named_if_missing(f"format {name}"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from vlkr.errors import VlkrError
-from vlkr.export.formats import ExportInput, unit_norm
+from vlkr.export.formats import Exported, ExportInput, unit_norm
 from vlkr.models.clip import encode_image
 
 INPUTS = {
@@ -69,18 +70,32 @@ class ImageClassifier(nn.Module):
         return features @ self.weight.T
 
 
+class ExportedGraphs(Exported):
+    """An export of graphs, run by name; a subclass reads ``preprocess`` from the classifier."""
+
+    @abstractmethod
+    def _run(self, name: str, inputs: Tensor) -> Tensor:
+        """Runs one graph; ``classifier`` stays in memory."""
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """Runs the image encoder."""
+        return self._run("image_encoder", pixels)
+
+    def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor:
+        """Runs the text encoder."""
+        return self._run("text_encoder", tokens)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Runs the classifier."""
+        return self._run("classifier", pixels)
+
+
 def trace(
     source: ExportInput, dtype: torch.dtype, names: Collection[str] = INPUTS.keys()
 ) -> Iterator[tuple[str, ExportedProgram]]:
     """Yields the graphs by name, each for any batch size; no text encoder without a text tower.
 
-    Args:
-        source: the adapted model.
-        dtype: of weights and computation; inputs and outputs are always fp32.
-        names: the graphs to trace.
-
-    Raises:
-        VlkrError: if ``torch.export`` cannot trace an encoder.
+    Weights and computation are in ``dtype``; inputs and outputs are always fp32.
     """
     model = source.merged
     encoder = ImageEncoder(_part(model, ["visual"], dtype), dtype)

@@ -78,11 +78,7 @@ def clip_mismatch(model: nn.Module) -> str | None:
 
 
 def convert_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renames a state dict for ``CLIPModel``; splits fused in_proj, transposes projections.
-
-    Raises:
-        VlkrError: naming a weight that has no place there.
-    """
+    """Renames a state dict for ``CLIPModel``; splits fused in_proj, transposes projections."""
     converted: dict[str, Tensor] = {}
     for key, tensor in state.items():
         plain = key.removeprefix("text.")
@@ -109,9 +105,6 @@ def clip_tokenizer(bundle: ClipBundle) -> Any:
     """Returns transformers' tokenizer with the same ids as open_clip's.
 
     Texts are not repaired first (mojibake, HTML entities), which open_clip does with ftfy.
-
-    Raises:
-        VlkrError: if the model's tokenizer is not CLIP's own.
     """
     vocabulary, merges = clip_bpe(bundle)
     ids = {_TOKENS.get(token, token): index for token, index in vocabulary.items()}
@@ -132,13 +125,7 @@ def context_length(bundle: ClipBundle) -> int:
 
 
 def write_tokenizer(bundle: ClipBundle, folder: Path) -> None:
-    """Writes the tokenizer's own files, or CLIP's as ``tokenizer.json``.
-
-    The latter truncates and pads as open_clip does.
-
-    Raises:
-        VlkrError: for a tokenizer that cannot be written.
-    """
+    """Writes the tokenizer's own files, or CLIP's as ``tokenizer.json``, padded as in open_clip."""
     if save_tokenizer(bundle, folder):
         return
     tokenizer = clip_tokenizer(bundle).backend_tokenizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,19 @@ from onnxscript import ir
 from torch import Tensor
 
 from vlkr.errors import VlkrError
-from vlkr.export.formats import Classifier, Exported, Format, Manifest, Preprocessing
-from vlkr.export.graphs import INPUTS, OUTPUTS, graph_metadata, quiet, trace
+from vlkr.export.formats import Classifier, Format, Preprocessing
+from vlkr.export.graphs import INPUTS, OUTPUTS, ExportedGraphs, graph_metadata, quiet, trace
 from vlkr.export.hf_clip import write_tokenizer
 
 _LARGE = 2**30  # protobuf ends at 2 GiB, so larger weights go to a file of their own
 _DTYPES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 
 
-class ExportedOnnx(Exported):
+class ExportedOnnx(ExportedGraphs):
     """An export run by onnxruntime."""
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, classifier: Classifier, device: torch.device
-    ) -> None:
-        super().__init__(folder, manifest, classifier, device)
-        provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+    def _load(self) -> None:
+        provider = "CUDAExecutionProvider" if self.device.type == "cuda" else "CPUExecutionProvider"
         if provider not in onnxruntime.get_available_providers():
             raise VlkrError(f"onnxruntime has no {provider} here; use device 'cpu'")
         self.providers = [provider]
@@ -43,19 +39,8 @@ class ExportedOnnx(Exported):
         path = str(self.folder / f"{name}.onnx")
         return onnxruntime.InferenceSession(path, providers=self.providers)
 
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """Runs ``image_encoder.onnx``."""
-        return self._run(self._session("image_encoder"), pixels)
-
-    def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor:
-        """Runs ``text_encoder.onnx``."""
-        return self._run(self._session("text_encoder"), tokens)
-
-    def logits(self, pixels: Tensor) -> Tensor:
-        """Runs ``classifier.onnx``."""
-        return self._run(self.graph, pixels)
-
-    def _run(self, session: Any, inputs: Tensor) -> Tensor:
+    def _run(self, name: str, inputs: Tensor) -> Tensor:
+        session = self.graph if name == "classifier" else self._session(name)
         (output,) = session.run(None, {session.get_inputs()[0].name: inputs.cpu().numpy()})
         array: NDArray[np.float32] = output
         return torch.from_numpy(array).to(self.device)
@@ -89,7 +74,7 @@ labels = json.loads(classifier.get_modelmeta().custom_metadata_map["labels"])
         )
 
     def write(self, folder: Path, dtype: torch.dtype) -> None:
-        """Writes and check the graphs."""
+        """Writes and checks the graphs."""
         if self.source.adapted.has_text:
             write_tokenizer(self.source.adapted, folder)
         metadata = {key: json.dumps(value) for key, value in graph_metadata(self.source).items()}

@@ -8,15 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlkr.export.formats import (
-    Classifier,
-    Exported,
-    ExportInput,
-    Format,
-    Manifest,
-    cast_tensors,
-    require_text,
-)
+from vlkr.export.formats import Exported, ExportInput, Format, cast_tensors, require_text
 from vlkr.models.clip import (
     encode_image,
     encode_text,
@@ -29,12 +21,9 @@ from vlkr.models.clip import (
 class ExportedOpenClip(Exported):
     """An export run by open_clip."""
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, classifier: Classifier, device: torch.device
-    ) -> None:
-        super().__init__(folder, manifest, classifier, device)
-        self.bundle = load_clip(f"local-dir:{folder}")
-        self.bundle.model.to(device)
+    def _load(self) -> None:
+        self.bundle = load_clip(f"local-dir:{self.folder}")
+        self.bundle.model.to(self.device)
         self.preprocess = self.bundle.preprocess
 
     def image_features(self, pixels: Tensor) -> Tensor:

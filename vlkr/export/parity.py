@@ -65,14 +65,8 @@ def check_parity(
 ) -> Parity:
     """Compares features and predictions, each side with its own preprocessing and tokenizer.
 
-    Args:
-        source: the adapted model.
-        exported: the export, loaded from disk.
-        dataset: of the run.
-        dtype: of the exported weights.
-
-    Raises:
-        VlkrError: if a cosine is below the bound of the dtype, or a prediction differs.
+    A cosine below the bound of the exported weights' dtype is an error, as is a prediction that
+    differs.
     """
     adapted, classifier = source.adapted, source.classifier
     images = spread_images(dataset, MAX_IMAGES)
@@ -109,11 +103,7 @@ def _min_text_cosine(source: ExportInput, exported: Exported) -> float | None:
 
 
 def spread_images(dataset: Dataset, count: int) -> list[Image.Image]:
-    """Returns at most ``count`` readable test images, in turn from shards all over the split.
-
-    Raises:
-        VlkrError: if there is none.
-    """
+    """Returns at most ``count`` readable test images, in turn from shards all over the split."""
     shards = dataset.source("test").shards()
     step = -(-len(shards) // count)
     order = [shard for start in range(step) for shard in shards[start::step]]

@@ -34,13 +34,9 @@ FORMATS = ("table", "jsonl", "csv")
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most likely classes of one image.
+    """The most likely classes of one image and their probabilities, the most likely first.
 
-    Attributes:
-        image: its path.
-        labels: class names, the most likely first; empty for an unreadable image.
-        probabilities: of these classes.
-        error: why the image is unreadable.
+    An unreadable image has no classes but an ``error``.
     """
 
     image: str
@@ -61,13 +57,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The most likely classes of all images.
+    """The most likely classes of all images, in the order of the images.
 
-    Attributes:
-        predictions: in the order of the images.
-        context: model, format, dtype and what the model was made from.
-        format: ``table``, ``jsonl`` or ``csv``.
-        output: file they are written to, None to show them.
+    ``context`` names the model and its origin; ``format`` is ``table``, ``jsonl`` or ``csv``; with
+    ``output`` they are written to a file and not shown.
     """
 
     predictions: list[Prediction]
@@ -171,23 +164,8 @@ def predict(
 ) -> Predictions:
     """Classifies images with an exported model.
 
-    An unreadable image is reported in its row; the others are classified all the same, and the
-    exit status is 1.
-
-    Args:
-        model: folder written by ``vlkr export``, of any format.
-        images: files, and folders that are searched for images at any depth.
-        format: ``table``, ``jsonl`` or ``csv``.
-        top_k: number of classes per image.
-        output: file to write instead of printing; its extension (``.jsonl``, ``.csv``) or
-            ``format`` sets the format.
-        batch_size: number of images per batch.
-        num_workers: number of processes that decode images; 0 decodes in the main process.
-        device: ``auto``, ``cpu``, ``cuda``, ...
-        force: replace an existing file.
-
-    Raises:
-        VlkrError: if the model or a path is missing, or an option is out of range.
+    The options are those of ``vlkr predict``. An unreadable image is reported in its row; the
+    others are classified all the same, and the exit status is 1.
     """
     _check(format, top_k, batch_size, num_workers, output, force)
     if output is not None and format == "table":
@@ -258,18 +236,7 @@ def _image_paths(given: list[Path]) -> Iterator[Path]:
 def classify(
     exported: Exported, paths: list[Path], top_k: int, batch_size: int, num_workers: int
 ) -> list[Prediction]:
-    """Returns the most likely classes of images, in their order; shows progress in a terminal.
-
-    Args:
-        exported: the model.
-        paths: of the images.
-        top_k: number of classes per image.
-        batch_size: number of images per batch.
-        num_workers: number of processes that decode images; 0 decodes in this one.
-
-    Raises:
-        VlkrError: if the model's outputs are not finite.
-    """
+    """Returns the most likely classes of images, in their order; shows progress in a terminal."""
     predictions: list[Prediction] = []
     decoded = parallel_map(partial(_read, exported.preprocess), paths, num_workers)
     with progress_bar(TextColumn("{task.completed} of {task.total} images")) as progress:

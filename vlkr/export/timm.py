@@ -13,15 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlkr.errors import VlkrError
-from vlkr.export.formats import (
-    Classifier,
-    Exported,
-    ExportInput,
-    Format,
-    Manifest,
-    cast_tensors,
-    unit_norm,
-)
+from vlkr.export.formats import Exported, ExportInput, Format, cast_tensors, unit_norm
 from vlkr.files import write_json
 
 _UNWANTED = ("architecture", "url", "file", "state_dict", "source", "hf_hub_id", "label_names")
@@ -30,15 +22,12 @@ _UNWANTED = ("architecture", "url", "file", "state_dict", "source", "hf_hub_id",
 class ExportedTimm(Exported):
     """An export run by timm."""
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, classifier: Classifier, device: torch.device
-    ) -> None:
-        super().__init__(folder, manifest, classifier, device)
-        self.model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
-        self.model.to(device).eval()
+    def _load(self) -> None:
+        self.model: Any = timm.create_model(f"local-dir:{self.folder}", pretrained=True)
+        self.model.to(self.device).eval()
         config = timm.data.resolve_model_data_config(self.model)
         self.preprocess = timm.data.create_transform(**config, is_training=False)
-        self.has_classes = "label_names" in json.loads((folder / "config.json").read_text())
+        self.has_classes = "label_names" in json.loads((self.folder / "config.json").read_text())
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """Returns the model's output, or the input of its classifier."""
@@ -136,11 +125,7 @@ preprocess = timm.data.create_transform(**timm.data.resolve_model_data_config(mo
 
 
 def _tower(source: ExportInput) -> tuple[Any, nn.Linear | None]:
-    """Returns the timm model inside the image tower, and the projection after it.
-
-    Raises:
-        VlkrError: if there is no timm model, or more after it than a linear projection.
-    """
+    """Returns the timm model inside the image tower, and the linear projection after it."""
     name = source.adapted.name
     visual: Any = source.merged.visual
     if not source.adapted.has_text:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -14,19 +13,16 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from vlkr.errors import VlkrError
-from vlkr.export.formats import Classifier, Exported, Format, Manifest, Preprocessing
-from vlkr.export.graphs import graph_metadata, trace
+from vlkr.export.formats import Format, Preprocessing
+from vlkr.export.graphs import ExportedGraphs, graph_metadata, trace
 
 METADATA = "metadata.json"
 
 
-class ExportedPrograms(Exported):
+class ExportedPrograms(ExportedGraphs):
     """An export run by torch."""
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, classifier: Classifier, device: torch.device
-    ) -> None:
-        super().__init__(folder, manifest, classifier, device)
+    def _load(self) -> None:
         extra = {METADATA: ""}
         self.graph = self._program("classifier", extra)
         settings = json.loads(extra[METADATA])["preprocessing"]
@@ -39,20 +35,10 @@ class ExportedPrograms(Exported):
         program = torch.export.load(path, extra_files=extra)
         return move_to_device_pass(program, self.device).module()
 
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """Runs ``image_encoder.pt2``."""
-        features: Tensor = self._program("image_encoder")(pixels)
-        return features
-
-    def text_features(self, texts: Sequence[str], tokens: Tensor) -> Tensor:
-        """Runs ``text_encoder.pt2``."""
-        features: Tensor = self._program("text_encoder")(tokens.to(self.device))
-        return features
-
-    def logits(self, pixels: Tensor) -> Tensor:
-        """Runs ``classifier.pt2``."""
-        logits: Tensor = self.graph(pixels)
-        return logits
+    def _run(self, name: str, inputs: Tensor) -> Tensor:
+        graph = self.graph if name == "classifier" else self._program(name)
+        outputs: Tensor = graph(inputs.to(self.device))
+        return outputs
 
 
 class TorchFormat(Format):

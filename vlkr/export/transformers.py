@@ -13,15 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlkr.errors import VlkrError
-from vlkr.export.formats import (
-    Classifier,
-    Exported,
-    ExportInput,
-    Format,
-    Manifest,
-    require_text,
-    unit_norm,
-)
+from vlkr.export.formats import Exported, ExportInput, Format, require_text, unit_norm
 from vlkr.export.hf_clip import clip_mismatch, clip_tokenizer, context_length, convert_weights
 from vlkr.models.clip import clip_bpe
 
@@ -33,16 +25,13 @@ _START_OF_TEXT, _END_OF_TEXT = 49406, 49407
 class ExportedTransformers(Exported):
     """An export run by transformers."""
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, classifier: Classifier, device: torch.device
-    ) -> None:
-        super().__init__(folder, manifest, classifier, device)
+    def _load(self) -> None:
         with _no_progress_bars():
-            self.model = _hf.CLIPModel.from_pretrained(folder).to(device).eval()
+            self.model = _hf.CLIPModel.from_pretrained(self.folder).to(self.device).eval()
         # The processor that resizes with Pillow, as in training, has had both names.
         processor = getattr(_hf, "CLIPImageProcessorPil", _hf.CLIPImageProcessor)
-        self.processor = processor.from_pretrained(folder)
-        self.tokenizer = _hf.CLIPTokenizerFast.from_pretrained(folder)
+        self.processor = processor.from_pretrained(self.folder)
+        self.tokenizer = _hf.CLIPTokenizerFast.from_pretrained(self.folder)
         self.preprocess = self._pixels
 
     def _pixels(self, image: Image.Image) -> Tensor:
@@ -97,11 +86,7 @@ processor = AutoProcessor.from_pretrained("{folder}")
 
 
 def _build(source: ExportInput) -> Any:
-    """Returns a ``CLIPModel`` that shares the merged weights.
-
-    Raises:
-        VlkrError: naming what has no place in it.
-    """
+    """Returns a ``CLIPModel`` that shares the merged weights; an error names what cannot fit."""
     try:
         if mismatch := clip_mismatch(source.merged):
             raise VlkrError(mismatch)
