@@ -147,7 +147,7 @@ def test_large_weights_are_stored_beside_the_graph(run, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_module, "_LARGE", 0)
     export(run, tmp_path / "out", format="onnx")
     names = {path.name for path in (tmp_path / "out").glob("*.data")}
-    assert names == {f"{name}.onnx.data" for name in onnx_module.INPUTS}
+    assert names == {f"{name}.onnx.data" for name in onnx_module.GRAPHS}
     assert (tmp_path / "out" / "text_encoder.onnx").stat().st_size < 300_000
 
 

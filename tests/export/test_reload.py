@@ -323,6 +323,7 @@ def test_the_rest_of_readme_runs(exports, capsys, monkeypatch):
     assert weights["visual.proj"].dtype == torch.float16
 
 
+@pytest.mark.slow  # it makes the slow tests above mean something
 def test_the_adapted_models_differ_from_their_bases(digits_run, lora_run, vit_run, digit_images):
     for run in (digits_run, lora_run, vit_run):
         adapted, base = (outputs(run, digit_images, scale=scale) for scale in (1, 0))

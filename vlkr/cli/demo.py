@@ -74,7 +74,7 @@ class DemoResult:
             "context": self.context,
             "parameters": self.parameters,
             "evaluations": {m: [e.to_json() for e in es] for m, es in self.evaluations.items()},
-            "export": {"folder": str(self.exported.folder), **self.exported.parity.to_json()},
+            "export": {"folder": str(self.exported.folder), **self.exported.to_json()["parity"]},
         }
 
 

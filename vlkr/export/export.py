@@ -133,7 +133,7 @@ def export(
             manifest = _manifest(source, format, dtype)
             write_json(temporary / MANIFEST, asdict(manifest))
             parity = check_parity(source, load_export(temporary), dataset, DTYPES[dtype])
-            manifest = replace(manifest, parity=parity.to_json())
+            manifest = replace(manifest, parity=asdict(parity))
             write_json(temporary / MANIFEST, asdict(manifest))
             card = model_card(
                 source,

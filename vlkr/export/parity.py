@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +42,6 @@ class Parity:
     same_predictions: float
     bound: float
     tie: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns all fields by name."""
-        return asdict(self)
 
     def summary(self) -> str:
         """Returns all numbers in a sentence."""
