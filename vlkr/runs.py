@@ -46,7 +46,7 @@ NEUTRAL = frozenset(
         "trainer.progress",
     }
 )
-# Those, and others in which runs of one method may differ.
+# Neutral options, and others in which runs of one method may differ.
 _NOT_OF_THE_METHOD = {*NEUTRAL, "seed", "data.name", "data.root", "data.allow_commands"}
 _REQUIRED = {
     "": ("model", "pretrained", "seed"),
@@ -79,7 +79,7 @@ class RunConfig:
 
     @classmethod
     def read(cls, path: Path) -> RunConfig:
-        """Reads a run's ``config.yaml``; options that it lacks, but for a few, get their defaults.
+        """Reads a run's ``config.yaml``; most missing options get their defaults.
 
         Raises:
             VlkrError: if the file cannot be read, or a value is not valid.
@@ -108,7 +108,7 @@ class RunConfig:
         write_text(path, yaml.safe_dump(self.to_plain(), sort_keys=False))
 
     def check(self) -> None:
-        """Raises :class:`VlkrError` for a number out of range; the data are checked when loaded."""
+        """Raises :class:`VlkrError` for a number out of range; loading checks data options."""
         self.optimizer.check()
         self.trainer.check()
         if not 0 <= self.seed < 2**32:
@@ -201,13 +201,13 @@ class RunFolder:
     def start(
         cls, path: Path, config: RunConfig, *, resume: bool = False, force: bool = False
     ) -> Iterator[RunFolder]:
-        """Within the block the folder is locked for a run; nothing is written yet.
+        """Locks the folder for a run within the block; nothing is written yet.
 
-        Where several processes train side by side, only the first one locks.
+        Of several training processes only the first one holds the lock.
 
         Args:
             path: the run folder.
-            config: resolved; to resume, the one that the folder holds, but for :data:`NEUTRAL`.
+            config: resolved configuration; to resume, it may differ in :data:`NEUTRAL` only.
             resume: continue from the checkpoint.
             force: allow a non-empty folder.
 
@@ -250,10 +250,10 @@ class RunFolder:
         )
 
     def begin(self, *, resume: bool) -> None:
-        """Removes what an earlier run left, or with ``resume`` keeps it, and writes the config."""
+        """Removes an earlier run's files, or keeps them with ``resume``, and writes the config."""
         if resume:
             log = self.log_dir / "csv" / "metrics.csv"
-            if log.is_file():  # which Lightning would delete
+            if log.is_file():  # Lightning would delete it
                 log.rename(log.with_name(f"metrics-{len(list(log.parent.glob('*.csv')))}.csv"))
         else:
             for name in ("adapter", self.log_dir.name, self.checkpoint.parent.name):
@@ -275,9 +275,9 @@ class RunFolder:
             bundle.head.cpu().save(self.path / "head.safetensors")
 
     def save_scaled(self, bundle: ClipBundle, scale: float) -> None:
-        """Makes this a folder of the same run with a scaled adapter.
+        """Writes the run with a scaled adapter to this folder.
 
-        What a run that was here before measured, and its checkpoints, are removed.
+        The metrics and checkpoints of a previous run in this folder are removed.
 
         Args:
             bundle: the run's model; its adapter keeps the scale.
@@ -303,21 +303,17 @@ class RunFolder:
         return bundle
 
     def dataset(self) -> Dataset:
-        """Returns the run's own dataset, with its prompts and its split.
-
-        Raises:
-            VlkrError: if the dataset cannot be found any more.
-        """
+        """Returns the run's own dataset, with its prompts and its split."""
         return self.config.data.load()
 
     def validation(self, templates: Sequence[str] | None = None) -> Dataset | None:
         """Returns the images that the run validated with, as the split ``"val"`` of its dataset.
 
         Args:
-            templates: in place of the run's.
+            templates: templates that replace the run's.
 
         Returns:
-            None if there are none, because the classes have no more images than were trained on.
+            None if every image of the classes was trained on.
         """
         dataset = validation_set(self.config.data, self.config.seed)
         return None if dataset is None else dataset.with_templates(templates)
@@ -333,7 +329,7 @@ class RunFolder:
         return read_json(path) if path.is_file() else None
 
     def fingerprint(self) -> str:
-        """Returns hashes of what was learned, so that a result is tied to the folder's state."""
+        """Returns hashes of the learned weights, which tie a result to the folder's state."""
         files = (
             self.path / "adapter" / "adapter_config.json",
             self.path / "adapter" / "adapter_model.safetensors",
@@ -343,7 +339,7 @@ class RunFolder:
 
 
 def adapter_scale(bundle: ClipBundle) -> float:
-    """Returns the factor of a model's adapters, 1 as they are trained."""
+    """Returns the scale of a model's adapters; 1 as trained."""
     return injected_adapters(bundle.model)[0].scale
 
 

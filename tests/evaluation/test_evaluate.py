@@ -2,7 +2,7 @@ import json
 
 import pytest
 import yaml
-from helpers import ROOT, tree, write_images, write_shards
+from helpers import ROOT, tree, write_images
 from PIL import Image
 
 from vlkr.cli import main
@@ -13,7 +13,7 @@ from vlkr.evaluation.predictions import Predictions
 from vlkr.runs import RunFolder
 
 
-def test_shifts_follow_the_home_card_and_are_not_doubled(small):
+def test_shifts_of_the_first_card_are_added_once(small):
     card = yaml.safe_load((ROOT / "data" / "digits.yaml").read_text())
     result = evaluate(model=small)
     assert [r.dataset for r in result.results] == ["digits", *card["shifts"]]
@@ -29,42 +29,35 @@ def test_shifts_follow_the_home_card_and_are_not_doubled(small):
     assert len(evaluate(model=small, shifts=False).results) == 1
 
 
-def test_templates_can_be_replaced(small, colors):
-    own = evaluate(model=small, datasets=[str(colors)]).in_distribution
-    same = evaluate(
-        model=small, datasets=[str(colors)], templates=["a photo of a {c}."]
-    ).in_distribution
-    other = evaluate(model=small, datasets=[str(colors)], templates=["{c}", "{c}!"]).in_distribution
-    assert same.metrics == own.metrics
-    assert (own.templates, other.templates) == ("default (1)", "given (2)")
+def test_templates_can_be_replaced(small, colors, tmp_path):
+    (tmp_path / "mine.txt").write_text("a sketch of a {}.\nart of a {c}\n")
+
+    def result(templates):
+        return evaluate(model=small, datasets=[str(colors)], templates=templates).in_distribution
+
+    default, named, mine = result(None), result(["imagenet7"]), result([str(tmp_path / "mine.txt")])
+    given = result(["a sketch of a {c}.", "art of a {c}"])
+    assert [r.templates for r in (default, named, mine, given)] == [
+        "default (1)",
+        "imagenet7 (7)",
+        "mine.txt (2)",
+        "given (2)",
+    ]
+    assert result(["a photo of a {c}."]).metrics == default.metrics
+    assert given.metrics == mine.metrics != named.metrics
 
 
-def test_run_is_measured_on_its_own_data(run):
+def test_a_run_is_evaluated_on_its_own_data(run, capsys):
     metrics = json.loads((run / "metrics.json").read_text())
     found = evaluate(run=run)
     assert found.to_json()["results"] == metrics["results"]
-    assert found.context["shots"] == 4
-    assert found.context["adapter"] == "kradapter"
     assert found.context["weights_sha256"] == metrics["weights_sha256"]
-
-
-def test_named_templates_and_a_file(small, colors, tmp_path):
-    (tmp_path / "mine.txt").write_text("a sketch of a {}.\nart of a {c}\n")
-    named = evaluate(model=small, datasets=[str(colors)], templates=["imagenet7"]).in_distribution
-    mine = evaluate(model=small, datasets=[str(colors)], templates=[str(tmp_path / "mine.txt")])
-    same = ["a sketch of a {c}.", "art of a {c}"]
-    assert named.templates == "imagenet7 (7)"
-    assert mine.in_distribution.templates == "mine.txt (2)"
-    given = evaluate(model=small, datasets=[str(colors)], templates=same).in_distribution
-    assert given.metrics == mine.in_distribution.metrics != named.metrics
-
-
-def test_predictions_are_written(small, colors, tmp_path):
-    output = tmp_path / "out"
-    found = evaluate(model=small, datasets=[str(colors)], keep_predictions=True, output=output)
-    written = Predictions.read_jsonl(output / "predictions" / "colors.jsonl")
-    assert written == found.in_distribution.predictions
-    assert len(written) == found.in_distribution.images
+    assert main(["evaluate", "--run", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found.to_json()
+    assert main(["evaluate", "--run", str(run)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for part in ("colors", "adapter kradapter", "shots 4", "seed 1", "split test", "default (1)"):
+        assert part in printed
 
 
 def test_effective_robustness_against_a_zero_shot_model_and_chance(run, small, colors, tmp_path):
@@ -82,47 +75,48 @@ def test_effective_robustness_against_a_zero_shot_model_and_chance(run, small, c
     assert f"| effective robustness, points | {100 * expected:.1f} |" in page
 
 
-def test_references_that_do_not_fit(run, small, colors, tmp_path):
-    shift = str(write_images(tmp_path / "shift", 9))
-    evaluate(model=small, datasets=[str(colors)], output=tmp_path / "alone")
-    evaluate(run=run, output=tmp_path / "adapted")
-    for reference, datasets, message in (
-        ("alone", [str(colors), shift], "no result on dataset 'shift', split 'test'"),
-        ("alone", [str(colors)], "needs a shift"),
-        ("adapted", [str(colors), shift], "is of an adapted model"),
-        ("shift", [str(colors), shift], "cannot read .*metrics.json"),
-    ):
-        with pytest.raises(VlkrError, match=message):
-            evaluate(model=small, datasets=datasets, reference=[tmp_path / reference])
+@pytest.fixture(scope="module")
+def references(tmp_path_factory, run, small, colors):
+    """Evaluations on disk: zero-shot without a shift, and of an adapted model."""
+    folder = tmp_path_factory.mktemp("references")
+    evaluate(model=small, datasets=[str(colors)], output=folder / "zero-shot")
+    evaluate(run=run, output=folder / "adapted")
+    (folder / "list").mkdir()
+    (folder / "list" / "metrics.json").write_text('{"model": "m", "weights_sha256": "0"}')
+    write_images(folder / "shift", 2)
+    return folder
 
 
-def test_json_is_all_there_is_on_stdout(run, capsys):
-    assert main(["evaluate", "--run", str(run), "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["results"] == json.loads((run / "metrics.json").read_text())["results"]
-    names = {"acc1", "acc5", "mean_per_class_recall", "f1", "ece", "nll"}
-    assert set(printed["results"][0]["metrics"]) == names
-
-
-def test_table_names_what_the_numbers_depend_on(run, capsys):
-    assert main(["evaluate", "--run", str(run)]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    for part in ("colors", "adapter kradapter", "shots 4", "seed 1", "split test", "default (1)"):
-        assert part in printed
+@pytest.mark.parametrize(
+    ("reference", "names", "message"),
+    [
+        ("zero-shot", ["shift"], "no result on dataset 'shift', split 'test'"),
+        ("zero-shot", [], "needs a shift"),
+        ("adapted", ["shift"], "is from an adapted model"),
+        ("list", ["shift"], r"metrics\.json is not an evaluation of a model"),
+        ("shift", ["shift"], "cannot read .*metrics.json"),
+    ],
+)
+def test_references_that_do_not_fit(references, small, colors, reference, names, message):
+    datasets = [str(colors), *(str(references / name) for name in names)]
+    with pytest.raises(VlkrError, match=message):
+        evaluate(model=small, datasets=datasets, reference=[references / reference])
 
 
 def test_output_is_written_and_not_replaced_unasked(small, colors, tmp_path, capsys):
     output = tmp_path / "out"
     arguments = ["evaluate", "--model", small, "--datasets", str(colors), "--output", str(output)]
+    arguments.append("--keep-predictions")
     assert main(arguments) == 0
-    files = {"metrics.json", "report.md", "confusion.json", "reliability.png"}
-    assert set(tree(output)) == files
+    files = {"metrics.json", "report.md", "confusion.json", "reliability.png", "predictions"}
+    assert set(tree(output)) == files | {"predictions/colors.jsonl"}
+    written = Predictions.read_jsonl(output / "predictions" / "colors.jsonl")
     with Image.open(output / "reliability.png") as figure:
         assert figure.size[0] > 300
     counts = json.loads((output / "confusion.json").read_text())["colors"]
     found = json.loads((output / "metrics.json").read_text())["results"][0]
     assert counts["class_names"] == ["blue", "green", "red"]
-    assert sum(map(sum, counts["counts"])) == found["images"]
+    assert sum(map(sum, counts["counts"])) == found["images"] == len(written)
     before = tree(output)
     assert main(arguments) == 2
     assert "exists already" in capsys.readouterr().err
@@ -132,7 +126,7 @@ def test_output_is_written_and_not_replaced_unasked(small, colors, tmp_path, cap
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_corrupt_image_is_told_in_one_line(small, tmp_path, capsys, workers):
+def test_a_corrupt_image_is_reported_in_one_line(small, tmp_path, capsys, workers):
     root = write_images(tmp_path / "d", per_class=2, splits=["test"])
     (root / "test" / "red" / "1.png").write_bytes(b"garbage")
     arguments = ["evaluate", "--model", small, "--datasets", str(root)]
@@ -141,14 +135,6 @@ def test_corrupt_image_is_told_in_one_line(small, tmp_path, capsys, workers):
     reason, _, hint = error.partition("; ")
     assert reason == "vlkr: error: sample 'red/1.png' is not an image in a known format"
     assert hint == "max_bad lets such samples be skipped"
-
-
-def test_damaged_shard_is_told(small, tmp_path):
-    root = write_shards(tmp_path / "d")
-    shard = root / "test" / "1.tar"
-    shard.write_bytes(shard.read_bytes()[:3000])
-    with pytest.raises(VlkrError, match=r"cannot read shard .*test/1\.tar"):
-        evaluate(model=small, datasets=[str(root)])
 
 
 @pytest.mark.parametrize(
@@ -178,7 +164,7 @@ def test_wrong_options(options, message, small, run):
         evaluate(**options)
 
 
-def test_the_test_fraction_is_the_runs_unless_it_is_given(run, colors):
+def test_the_test_fraction_defaults_to_that_of_the_run(run, colors):
     def images(**options):
         return evaluate(
             run=run, datasets=[str(colors)], device="cpu", **options

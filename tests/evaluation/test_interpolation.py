@@ -43,7 +43,7 @@ def test_ends_are_the_base_model_and_the_run(line, run, small, colors, shift):
     assert middle not in (metrics(base), metrics(adapted), metrics(line.points[3].evaluation))
 
 
-def test_between_lies_the_sum_of_weights(line, run, colors):
+def test_half_way_is_the_mean_of_the_weights(line, run, colors):
     bundle = RunFolder.open(run).load_model()
     base = {name: p.detach().clone() for name, p in load_clip(bundle.name).model.named_parameters()}
     vlkr.merge_and_unload(bundle.model)
@@ -67,41 +67,34 @@ def test_best_is_chosen_on_the_validation_images_of_the_run(line, run, colors, s
         (-p.validation.metrics["acc1"], p.validation.metrics["nll"], p.alpha) for p in line.points
     ]
     assert line.best.alpha == min(scores)[2]
-    # Whatever is measured beside it, the choice is the same.
+    # The choice does not depend on the evaluated datasets.
     other = interpolate(run, datasets=[str(shift)], alphas=[0, 0.5, 1, 2], cache=False)
+    metrics = [[p.validation.metrics for p in found.points] for found in (other, line)]
+    assert metrics[0] == metrics[1]
     assert other.best.alpha == line.best.alpha
-    assert [p.validation.metrics for p in other.points] == [
-        p.validation.metrics for p in line.points
-    ]
 
 
-def test_own_validation_split_is_used(small, tmp_path):
-    root = write_images(tmp_path / "d", 6, splits=["train", "val", "test"])
-    run = tmp_path / "run"
-    small_run(run, small, root)
-    validation = RunFolder.open(run).validation()
-    expected = [sample.key for sample in load_dataset(root).source("val")]
-    assert [sample.key for sample in validation.source("val")] == expected
-
-
-@pytest.fixture(scope="module")
-def short(small, tmp_path_factory):
-    """A run that left no image to validate with."""
-    folder = tmp_path_factory.mktemp("short")
-    root = write_images(folder / "d", 4, splits=["train", "test"])
-    small_run(folder / "run", small, root, data=DataConfig(root=root, shots=4))
-    return folder / "run"
-
-
-def test_without_validation_images_there_is_no_best(short, tmp_path, capsys):
-    result = interpolate(short, alphas=[0, 1])
+def test_without_validation_images_there_is_no_best(small, tmp_path):
+    root = write_images(tmp_path / "d", 4, splits=["train", "test"])
+    run = small_run(tmp_path / "run", small, root, data=DataConfig(root=root, shots=4)).output
+    before = tree(run)
+    result = interpolate(run, alphas=[0, 1])
+    assert tree(run) == before
     assert result.best is None
     assert result.points[0].validation is None
     assert result.to_json()["best_alpha"] is None
     assert "No best alpha: the run has no validation image" in result.note()
     with pytest.raises(VlkrError, match="--save best needs validation images"):
-        interpolate(short, alphas=[0, 1], save="best", output=tmp_path / "out")
+        interpolate(run, alphas=[0, 1], save="best", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_datasets_own_validation_split_is_used(small, tmp_path):
+    root = write_images(tmp_path / "d", 6, splits=["train", "val", "test"])
+    run = small_run(tmp_path / "run", small, root).output
+    validation = RunFolder.open(run).validation()
+    expected = [sample.key for sample in load_dataset(root).source("val")]
+    assert [sample.key for sample in validation.source("val")] == expected
 
 
 def test_command_prints_and_writes(run, colors, shift, tmp_path, capsys):
@@ -110,7 +103,7 @@ def test_command_prints_and_writes(run, colors, shift, tmp_path, capsys):
     arguments += ["--alphas", "0", "0.5", "1", "--output", str(output)]
     assert main(arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for part in ("Top-1 accuracy along the adapter", "best alpha", "shots 4", "seed 1", "shift %"):
+    for part in ("Top-1 accuracy along the adapter", "best alpha", "shots 4", "seed 1", "Written:"):
         assert part in printed
     assert set(tree(output)) == {"interpolation.json", "report.md", "interpolation.png"}
     with Image.open(output / "interpolation.png") as figure:
@@ -125,7 +118,7 @@ def test_command_prints_and_writes(run, colors, shift, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("save", ["0.25", "best"])
-def test_saved_alpha_is_a_run(run, colors, tmp_path, save):
+def test_a_saved_alpha_is_a_run(run, tmp_path, save):
     output = tmp_path / "out"
     result = interpolate(run, alphas=[0, 0.25, 1], save=save, output=output)
     expected = result.best.alpha if save == "best" else 0.25
@@ -135,15 +128,9 @@ def test_saved_alpha_is_a_run(run, colors, tmp_path, save):
     assert metrics(again) == metrics(point.evaluation)
     assert again.context.get("adapter scale") == (None if expected == 1 else expected)
     assert yaml.safe_load((output / "config.yaml").read_text())["seed"] == 1
-    # A scaled run is scaled on from where it is.
+    # Alphas of a scaled run multiply its scale.
     once_more = interpolate(output, alphas=[1.0])
     assert metrics(once_more.points[0].evaluation) == metrics(point.evaluation)
-
-
-def test_run_itself_is_not_touched(run):
-    before = tree(run)
-    interpolate(run, alphas=[0, 1])
-    assert tree(run) == before
 
 
 def test_table_of_several_shifts_and_of_none(run, colors, shift):

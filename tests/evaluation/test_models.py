@@ -64,18 +64,16 @@ def test_equals_a_plain_open_clip_loop(small, name):
     assert result.metrics["nll"] == pytest.approx(nll, abs=1e-5)
 
 
-def test_workers_and_batches_change_nothing(small, colors):
+@pytest.mark.parametrize("options", [{"num_workers": 2}, {"batch_size": 5}])
+def test_workers_and_batches_change_no_digit(small, colors, options):
     dataset, bundle = load_dataset(colors), load_clip(small)
-    expected = evaluate_model(bundle, [dataset], batch_size=64)
-    for options in ({"num_workers": 2}, {"batch_size": 1}, {"batch_size": 5, "num_workers": 2}):
-        found = evaluate_model(bundle, [dataset], **options)
-        assert found.in_distribution.images == expected.in_distribution.images
-        assert found.in_distribution.metrics == pytest.approx(
-            expected.in_distribution.metrics, abs=1e-5
-        )
+    expected = evaluate_model(bundle, [dataset]).in_distribution
+    found = evaluate_model(bundle, [dataset], **options).in_distribution
+    assert found.images == expected.images
+    assert found.metrics == pytest.approx(expected.metrics, abs=1e-5)
 
 
-def test_adapted_model_is_measured_and_comes_back(run, small, colors):
+def test_adapters_are_merged_for_the_evaluation_and_restored_after_it(run, small, colors):
     bundle = RunFolder.open(run).load_model()
     base = load_clip(small)
     found = evaluate_model(bundle, [load_dataset(colors)])
@@ -111,36 +109,25 @@ def test_predictions_are_kept_when_asked(small, colors):
 
 def test_images_of_unknown_classes(small, colors, tmp_path):
     bundle, home = load_clip(small), load_dataset(colors)
-    strange = [load_dataset(write_images(tmp_path / name, 4)) for name in ("a", "b")]
-    found = evaluate_model(bundle, [home], unknown=strange)
+    unknown = [load_dataset(write_images(tmp_path / name, 4)) for name in ("a", "b")]
+    found = evaluate_model(bundle, [home], unknown=unknown)
     assert found.context["unknown"].startswith("a (")
-    # The same images in the same classes, so that their confidences are the home dataset's kind.
-    known = evaluate_model(
-        bundle, [home], keep_predictions=True
-    ).in_distribution.predictions.confidence
-    other = [
-        c
-        for dataset in strange
-        for c in evaluate_model(
-            bundle, [dataset], keep_predictions=True
-        ).in_distribution.predictions.confidence
-    ]
+
+    def confidences(datasets):
+        results = [evaluate_model(bundle, [d], keep_predictions=True) for d in datasets]
+        return [c for r in results for c in r.in_distribution.predictions.confidence]
+
+    # The unknown datasets have the same class names, so their confidences are comparable.
+    known, other = confidences([home]), confidences(unknown)
     expected = roc_auc_score([1] * len(known) + [0] * len(other), known + other)
     assert found.in_distribution.metrics["auroc"] == pytest.approx(expected, abs=1e-4)
     assert "auroc" not in evaluate_model(bundle, [home]).in_distribution.metrics
 
 
-@pytest.fixture(scope="module")
-def domains(tmp_path_factory):
-    """Folder of images by domain and class."""
-    root = tmp_path_factory.mktemp("domains")
+def test_accuracy_by_domain(small, tmp_path):
     for i, name in enumerate(("art", "photo", "sketch")):
-        write_images(root / name, per_class=6 + 2 * i)
-    return root
-
-
-def test_accuracy_by_domain(small, domains):
-    bundle, dataset = load_clip(small), load_dataset(domains)
+        write_images(tmp_path / name, per_class=6 + 2 * i)
+    bundle, dataset = load_clip(small), load_dataset(tmp_path)
     found = evaluate_model(bundle, [dataset], keep_predictions=True).in_distribution
     assert list(found.domains) == ["art", "photo", "sketch"]
     accuracies = []
@@ -155,14 +142,7 @@ def test_accuracy_by_domain(small, domains):
     assert found.metrics["worst_domain_acc1"] == min(accuracies)
 
 
-def test_domain_without_images_is_told(small, domains):
-    dataset = load_dataset(domains)
-    lacking = dataclasses.replace(dataset.select(domains=["art", "photo"]), domains=dataset.domains)
-    with pytest.raises(VlkrError, match="domain 'sketch' is empty"):
-        evaluate_model(load_clip(small), [lacking])
-
-
-def test_bad_images_are_left_out_up_to_a_number(small, tmp_path):
+def test_at_most_max_bad_images_are_skipped(small, tmp_path):
     root = write_images(tmp_path / "d", per_class=3, splits=["test"])
     for name in ("red", "blue"):
         (root / "test" / name / "1.png").write_bytes(b"garbage")
@@ -173,28 +153,51 @@ def test_bad_images_are_left_out_up_to_a_number(small, tmp_path):
         assert evaluate_model(bundle, [dataset], max_bad=2).in_distribution.images == 7
 
 
-def test_a_key_in_two_tars_is_told(small, tmp_path):
-    shards = write_shards(tmp_path / "d", per_class=2) / "test"
+def empty_domain(folder):
+    for name in ("art", "photo", "sketch"):
+        write_images(folder / "d" / name, per_class=2)
+    dataset = load_dataset(folder / "d")
+    return dataclasses.replace(dataset.select(domains=["art", "photo"]), domains=dataset.domains)
+
+
+def duplicate_key(folder):
+    shards = write_shards(folder / "d", per_class=2) / "test"
     (shards / "1.tar").write_bytes((shards / "0.tar").read_bytes())
-    with pytest.raises(VlkrError, match="'d' has the key 's0_0' 2 times in its split 'test'"):
-        evaluate_model(load_clip(small), [load_dataset(tmp_path / "d")])
+    return load_dataset(folder / "d")
 
 
-def test_missing_samples_of_a_card_are_told(small):
-    fonts = load_dataset("digits-fonts")
-    more = dataclasses.replace(fonts, sizes={"test": 161})
-    with pytest.raises(VlkrError, match=r"'digits-fonts' has 160 images .* expected 161"):
-        evaluate_model(load_clip(small), [more])
+def damaged_shard(folder):
+    shard = write_shards(folder / "d") / "test" / "1.tar"
+    shard.write_bytes(shard.read_bytes()[:3000])
+    return load_dataset(folder / "d")
 
 
-def test_split_without_images_is_told(small, tmp_path):
-    dataset = load_dataset(write_images(tmp_path / "d"))
-    nothing = dataclasses.replace(dataset, splits={"test": View(dataset.source("test"), times={})})
-    with pytest.raises(VlkrError, match="has no images in its split 'test'"):
-        evaluate_model(load_clip(small), [nothing])
+def missing_sample(folder):
+    return dataclasses.replace(load_dataset("digits-fonts"), sizes={"test": 161})
 
 
-def test_weights_that_are_not_finite_are_told(small, colors):
+def empty_split(folder):
+    dataset = load_dataset(write_images(folder / "d"))
+    return dataclasses.replace(dataset, splits={"test": View(dataset.source("test"), times={})})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (empty_domain, "domain 'sketch' is empty"),
+        (duplicate_key, "'d' has the key 's0_0' 2 times in its split 'test'"),
+        (damaged_shard, r"cannot read shard .*test/1\.tar"),
+        (missing_sample, r"'digits-fonts' has 160 images .* expected 161"),
+        (empty_split, "has no images in its split 'test'"),
+    ],
+)
+def test_datasets_that_are_not_complete(make, message, small, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts to read a shard
+    with pytest.raises(VlkrError, match=message):
+        evaluate_model(load_clip(small), [make(tmp_path)])
+
+
+def test_weights_that_are_not_finite_are_reported(small, colors):
     bundle = load_clip(small)
     bundle.model.visual.proj.data[0, 0] = torch.nan
     with pytest.raises(VlkrError, match="logits on colors are not finite"):

@@ -29,16 +29,12 @@ def test_softmax_by_hand(predictions):
     assert predictions.domains == ["art", None]
 
 
-def test_five_largest_of_many():
-    logits = torch.arange(8.0).repeat(8, 1)
-    found = predict(logits, torch.arange(8), [str(i) for i in range(8)], [None] * 8)
-    assert found.in_top5 == [False] * 3 + [True] * 5
-
-
-def test_confidence_stays_within_one():
-    found = predict(1e4 * torch.eye(4), torch.arange(4), list("abcd"), [None] * 4)
-    assert found.confidence == [1.0] * 4
-    assert [str(value) for value in found.nll] == ["0.0"] * 4
+def test_five_largest_logits_and_confidence_of_at_most_one():
+    many = predict(torch.arange(8.0).repeat(8, 1), torch.arange(8), list("abcdefgh"), [None] * 8)
+    assert many.in_top5 == [False] * 3 + [True] * 5
+    certain = predict(1e4 * torch.eye(4), torch.arange(4), list("abcd"), [None] * 4)
+    assert certain.confidence == [1.0] * 4
+    assert [str(value) for value in certain.nll] == ["0.0"] * 4
 
 
 def test_joined_is_sorted_by_key(predictions):
@@ -53,8 +49,8 @@ def test_joined_is_sorted_by_key(predictions):
 
 
 def test_json_lines(predictions, tmp_path):
-    predictions.write_jsonl(tmp_path / "said.jsonl")
-    first = json.loads((tmp_path / "said.jsonl").read_text().splitlines()[0])
+    predictions.write_jsonl(tmp_path / "predictions.jsonl")
+    first = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])
     assert first == {
         "key": "b",
         "label": 2,
@@ -64,14 +60,14 @@ def test_json_lines(predictions, tmp_path):
         "nll": predictions.nll[0],
         "domain": "art",
     }
-    assert Predictions.read_jsonl(tmp_path / "said.jsonl") == predictions
+    assert Predictions.read_jsonl(tmp_path / "predictions.jsonl") == predictions
 
 
 @pytest.mark.parametrize("text", ["{", "[]\n", '{"key": "a"}\n', "3\n"])
 def test_other_files(text, tmp_path):
-    path = tmp_path / "said.jsonl"
+    path = tmp_path / "predictions.jsonl"
     with pytest.raises(VlkrError, match="cannot read"):
         Predictions.read_jsonl(path)
     path.write_text(text)
-    with pytest.raises(VlkrError, match=r"said\.jsonl does not hold predictions"):
+    with pytest.raises(VlkrError, match=r"predictions\.jsonl does not hold predictions"):
         Predictions.read_jsonl(path)

@@ -9,14 +9,8 @@ from vlkr.reporting.table import show
 
 
 def result(name, acc1, **others):
-    metrics = {
-        "acc1": acc1,
-        "acc5": 0.9,
-        "mean_per_class_recall": 0.5,
-        "f1": 0.4,
-        "ece": 0.1,
-        "nll": 1.25,
-    }
+    metrics = {"acc1": acc1, "acc5": 0.9, "mean_per_class_recall": 0.5}
+    metrics |= {"f1": 0.4, "ece": 0.1, "nll": 1.25}
     return DatasetResult(name, "test", 10, "card (3)", metrics | others)
 
 
@@ -33,13 +27,6 @@ def rows(evaluation):
     return [[*row] for row in (table.header, *table.rows)]
 
 
-def test_mean_and_worst_shift():
-    assert EVALUATION.in_distribution.dataset == "home"
-    assert EVALUATION.mean_shift() == (0.5 + 0.25 + 0.6) / 3
-    assert abs(EVALUATION.mean_shift("ece") - (0.1 + 0.4 + 0.1) / 3) < 1e-12
-    assert EVALUATION.worst_shift().dataset == "b"
-
-
 def test_rows():
     header = ["dataset", "images", "top-1 %", "top-5 %", "mean per class %", "F1 %", "ECE %", "NLL"]
     assert rows(EVALUATION) == [
@@ -53,37 +40,14 @@ def test_rows():
     ]
 
 
-def test_mean_and_worst_of_a_single_shift_are_not_shown():
-    assert [row[0] for row in rows(ONE_SHIFT)] == ["dataset", "home", "a"]
-    assert [row[0] for row in rows(HOME)] == ["dataset", "home"]
-
-
-def test_title_names_what_the_table_holds():
-    assert HOME.title == "Accuracy on home"
-    assert ONE_SHIFT.title == "Accuracy on home and under 1 shift"
-    assert EVALUATION.title == "Accuracy on home and under 3 shifts"
-
-
-@pytest.mark.parametrize("width", [80, 100])
-def test_numbers_are_whole(width, capsys):
-    names = ["digits", "digits-inverted", "digits-rotation"]
-    evaluation = Evaluation([result(name, 1.0, acc5=1.0, nll=12.345) for name in names])
-    show(evaluation, Console(width=width))
-    printed = capsys.readouterr().out
-    assert width < 100 or "…" not in printed  # a header may be cut where there is no room
-    assert printed.count("100.0") == 2 * 5
-    assert printed.count("12.345") == 5
-    assert max(map(len, printed.splitlines())) <= width
-
-
-def test_metrics_that_a_result_lacks_have_no_column():
+def test_a_metric_that_a_result_lacks_has_no_column():
     lacking = DatasetResult("old", "test", 10, "card (3)", {"acc1": 0.5, "ece": 0.2})
     shown = rows(Evaluation([EVALUATION.in_distribution, lacking]))
     assert shown[0] == ["dataset", "images", "top-1 %", "ECE %"]
     assert shown[2] == ["old", "10", "50.0", "20.0"]
 
 
-def test_caption_leaves_out_what_is_not_known():
+def test_caption_omits_what_is_unknown():
     assert EVALUATION.caption() == (
         "model tiny, weights_sha256 0123456789ab, shots 16, split test, templates card (3)"
     )
@@ -106,39 +70,6 @@ def detailed():
     )
 
 
-def test_markdown():
-    page = EVALUATION.markdown()
-    assert page.startswith("# Accuracy on home and under 3 shifts\n")
-    assert "| worst: b | 10 | 25.0 |" in page
-    assert EVALUATION.caption() in page
-    assert "confused" not in page
-
-
-def test_markdown_of_domains_and_confusions():
-    page = Evaluation([detailed()]).markdown()
-    for line in (
-        "| AUROC known against unknown % | 75.0 |",
-        "| mean of domains, top-1 % | 45.0 |",
-        "| worst domain, top-1 % | 30.0 |",
-        "| effective robustness, points | -1.2 |",
-        "| art (6 images), top-1 % | 60.0 |",
-        "| photo (4 images), top-1 % | 30.0 |",
-        "| pets | cat | dog | 3 | 60.0 |",
-    ):
-        assert line in page
-
-
-def test_the_terminal_shows_domains_and_what_was_asked_for(capsys):
-    show(Evaluation([detailed()]), Console(width=80))
-    lines = capsys.readouterr().out.splitlines()
-    for label, value in (
-        ("AUROC known against unknown %", "75.0"),
-        ("worst domain, top-1 %", "30.0"),
-        ("art (6 images), top-1 %", "60.0"),
-    ):
-        assert [line for line in lines if label in line and value in line]
-
-
 def test_json_has_clip_benchmarks_fields():
     value = json.loads(json.dumps(EVALUATION.to_json()))
     assert value["shots"] == 16
@@ -159,11 +90,72 @@ def test_json_has_clip_benchmarks_fields():
     assert "worst_shift" not in HOME.to_json()
 
 
-def test_json_has_the_details():
-    found = json.loads(json.dumps(Evaluation([detailed()]).to_json()))["results"][0]
+@pytest.mark.parametrize(
+    ("evaluation", "title", "names"),
+    [
+        (HOME, "Accuracy on home", ["home"]),
+        (ONE_SHIFT, "Accuracy on home and under 1 shift", ["home", "a"]),
+        (
+            EVALUATION,
+            "Accuracy on home and under 3 shifts",
+            ["home", "a", "b", "c", "mean of 3 shifts", "worst: b"],
+        ),
+    ],
+)
+def test_title_and_summary_rows(evaluation, title, names):
+    assert evaluation.title == title
+    assert [row[0] for row in rows(evaluation)] == ["dataset", *names]
+    page = evaluation.markdown()
+    assert page.startswith(f"# {title}\n")
+    assert evaluation.caption() in page
+    assert "confused" not in page
+
+
+def test_domains_further_metrics_and_confusions(capsys):
+    metrics = {"acc1": 0.5, "auroc": 0.75, "mean_domain_acc1": 0.45, "worst_domain_acc1": 0.3}
+    detailed = DatasetResult(
+        "pets",
+        "test",
+        10,
+        "default (1)",
+        metrics | {"effective_robustness": -0.0123},
+        {"art": DomainAccuracy(6, 0.6), "photo": DomainAccuracy(4, 0.3)},
+        [ReliabilityBin(0.4, 0.466667, 10, 0.45, 0.5)],
+        [Confused("cat", "dog", 3, 0.6)],
+        ("cat", "dog"),
+        [[2, 3], [2, 3]],
+    )
+    evaluation = Evaluation([detailed])
+    page = evaluation.markdown()
+    show(evaluation, Console(width=80))
+    printed = capsys.readouterr().out.splitlines()
+    for label, value in (
+        ("AUROC known against unknown %", "75.0"),
+        ("mean of domains, top-1 %", "45.0"),
+        ("worst domain, top-1 %", "30.0"),
+        ("effective robustness, points", "-1.2"),
+        ("art (6 images), top-1 %", "60.0"),
+        ("photo (4 images), top-1 %", "30.0"),
+    ):
+        assert f"| {label} | {value} |" in page
+        assert [line for line in printed if label in line and value in line]
+    assert "| pets | cat | dog | 3 | 60.0 |" in page
+    found = json.loads(json.dumps(evaluation.to_json()))["results"][0]
     assert found["domains"]["art"] == {"images": 6, "acc1": 0.6}
     assert found["reliability"][0]["accuracy"] == 0.5
     assert found["worst_confusions"] == [
         {"label": "cat", "predicted": "dog", "images": 3, "fraction": 0.6}
     ]
     assert "confusion" not in found
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_numbers_are_never_cut_off(width, capsys):
+    names = ["digits", "digits-inverted", "digits-rotation"]
+    evaluation = Evaluation([result(name, 1.0, acc5=1.0, nll=12.345) for name in names])
+    show(evaluation, Console(width=width))
+    printed = capsys.readouterr().out
+    assert width < 100 or "…" not in printed  # a header may be cut where there is no room
+    assert printed.count("100.0") == 2 * 5
+    assert printed.count("12.345") == 5
+    assert max(map(len, printed.splitlines())) <= width

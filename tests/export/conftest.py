@@ -42,7 +42,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def colors(tmp_path_factory):
-    """Folder of images whose color tells their class."""
+    """Folder of images whose color shows their class."""
     return write_images(tmp_path_factory.mktemp("data") / "colors")
 
 

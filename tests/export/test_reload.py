@@ -51,7 +51,7 @@ with tarfile.open(task["shard"]) as archive:
     ]
 prompts, names = task["prompts"], task["names"]
 def pixels_of(metadata):
-    # A user's own lines: pixels from the settings that the file tells.
+    # What a user writes: pixels by the settings in the file.
     settings = metadata["preprocessing"]
     assert settings["interpolation"] == "bicubic" and settings["crop_pct"] == 1
     assert all(image.width == image.height for image in images)  # no crop, whatever the mode
@@ -211,7 +211,7 @@ def lora_run(tmp_path_factory, make_run):
 
 
 class Exports:
-    """README's export section in a folder where its commands are run, each at most once.
+    """README's export section, whose commands are run in ``folder``, each at most once.
 
     ``python`` are the lines that load an export and ``options`` those of ``vlkr export``, by the
     export's folder; ``rest`` is the other Python and ``predict`` the other commands; ``seconds``
@@ -323,6 +323,7 @@ def test_the_rest_of_readme_runs(exports, capsys, monkeypatch):
     assert weights["visual.proj"].dtype == torch.float16
 
 
+@pytest.mark.slow  # it makes the slow tests above mean something
 def test_the_adapted_models_differ_from_their_bases(digits_run, lora_run, vit_run, digit_images):
     for run in (digits_run, lora_run, vit_run):
         adapted, base = (outputs(run, digit_images, scale=scale) for scale in (1, 0))

@@ -22,7 +22,7 @@ CHECKPOINT = "checkpoints/last.ckpt"
 def adapt(small, colors):
     """The arguments of a run whose dropout and augmentation tell any step that is not repeated."""
 
-    def arguments(output, *more):
+    def arguments(output, *more, **changes):
         options = {
             "model": small,
             "data.root": colors,
@@ -36,7 +36,7 @@ def adapt(small, colors):
             "adapter.name": "lora",
             "adapter.options": "{rank: 2, dropout: 0.3}",
             "output": output,
-        }
+        } | changes
         return ["adapt", *(f"--{key}={value}" for key, value in options.items()), *more]
 
     return arguments
@@ -54,8 +54,8 @@ def leftovers(run):
     return list(run.rglob(".*"))
 
 
-def go_on(run):
-    """The option that goes on with a run, as the message says."""
+def continue_option(run):
+    """The option that continues a run, as the message says."""
     return "--resume" if (run / CHECKPOINT).is_file() else "--force"
 
 
@@ -91,9 +91,9 @@ def test_killed_at_random_moments(adapt, server, unbroken, tmp_path, case, is_lo
                     assert ended.seconds < 10
                     (line,) = ended.stderr.strip().splitlines()
                     assert line.startswith("vlkr: interrupted")
-                    if line != "vlkr: interrupted":  # which is told before anything is changed
-                        assert go_on(run) in line or "nothing was written" in line
-                option = go_on(run)
+                    if line != "vlkr: interrupted":  # interrupted before anything is changed
+                        assert continue_option(run) in line or "nothing was written" in line
+                option = continue_option(run)
             if ended.code != 0:
                 ended = server.run(adapt(run, *([option] if option else [])), stderr)
                 assert ended.code == 0, ended.stderr
@@ -102,12 +102,12 @@ def test_killed_at_random_moments(adapt, server, unbroken, tmp_path, case, is_lo
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_interrupted_in_the_first_epoch_it_goes_on_from_there(
+def test_interrupted_in_the_first_epoch_it_is_resumed_from_there(
     adapt, server, tmp_path, case, number
 ):
-    long_epochs = ("--data.min-steps-per-epoch=10000", "--trainer.epochs=1")
+    long_epoch = {"data.min-steps-per-epoch": 10_000, "trainer.epochs": 1}
     with case("interruption within an epoch: adapt"):
-        process = server.start(adapt(tmp_path / "run", *long_epochs), tmp_path / "stderr")
+        process = server.start(adapt(tmp_path / "run", **long_epoch), tmp_path / "stderr")
         wait_for(lambda: any((tmp_path / "run" / "logs").rglob("events*")))
         time.sleep(0.5)
         ended = server.end(process, tmp_path / "stderr", number)
@@ -115,7 +115,7 @@ def test_interrupted_in_the_first_epoch_it_goes_on_from_there(
         assert ended.seconds < 10
         (line,) = ended.stderr.strip().splitlines()
         assert "last.ckpt holds 0 epochs and" in line
-        assert line.endswith("--resume goes on from there")
+        assert line.endswith("--resume continues from there")
 
 
 def wait_for(condition):
@@ -176,7 +176,7 @@ def test_real_processes_are_killed(adapt, unbroken, tmp_path, case, number):
             process.send_signal(number)
             _, error = process.communicate(timeout=10)
         assert process.returncode == (-number if number == signal.SIGKILL else 130), error
-        with start(go_on(run)) as process:
+        with start(continue_option(run)) as process:
             _, error = process.communicate(timeout=600)
         assert process.returncode == 0, error
         assert result(run) == unbroken[0]

@@ -59,5 +59,5 @@ def test_more_terms_miss_less(small, tuned, tmp_path):
 
 
 def test_a_budget_is_refused(small, tmp_path):
-    with pytest.raises(VlkrError, match=r"adapter\.match does not go with project"):
+    with pytest.raises(VlkrError, match=r"adapter\.match cannot be used with project"):
         project_fine_tune(tmp_path / "out", small, small, adapter=AdapterConfig(match="lora"))

@@ -74,7 +74,7 @@ class DemoResult:
             "context": self.context,
             "parameters": self.parameters,
             "evaluations": {m: [e.to_json() for e in es] for m, es in self.evaluations.items()},
-            "export": {"folder": str(self.exported.folder), **self.exported.parity.to_json()},
+            "export": {"folder": str(self.exported.folder), **self.exported.to_json()["parity"]},
         }
 
 
@@ -137,7 +137,7 @@ def _run(output: Path, quick: bool, force: bool) -> DemoResult:
                     force=force,
                 )
             except KeyboardInterrupt as error:
-                raise KeyboardInterrupt("start again with --force") from error
+                raise KeyboardInterrupt("start over with --force") from error
             evaluations[method].append(evaluate_model(run.bundle, datasets, device="cpu"))
             parameters[method] = run.parameters
     exported = export(output / "runs" / "kradapter-seed1", output / "export", force=force)

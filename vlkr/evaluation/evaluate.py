@@ -1,4 +1,4 @@
-"""Evaluating a model in-distribution and under domain shift, from images to metrics."""
+"""Evaluates a model in-distribution and under domain shift, from images to metrics."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def evaluate(
     loaded = with_shifts(first, datasets or [], shifts, templates, test_fraction)
     if references:
         check_references(references, loaded, split)
-    strangers = [load_dataset(name, test_fraction=test_fraction) for name in unknown or []]
+    unknown_datasets = [load_dataset(name, test_fraction=test_fraction) for name in unknown or []]
     with processes(devices, device) as own_device:
         evaluation = evaluate_model(
             bundle,
@@ -110,7 +110,7 @@ def evaluate(
             batch_size=batch_size,
             num_workers=num_workers,
             device=own_device,
-            unknown=strangers,
+            unknown=unknown_datasets,
             keep_predictions=keep_predictions,
             cache=cache,
             max_bad=max_bad,
@@ -164,8 +164,8 @@ def evaluate_model(
 ) -> Evaluation:
     """Evaluates a loaded model, with or without adapters, on loaded datasets.
 
-    With a torch.distributed process group each process takes its share of the images, and all of
-    them return the same.
+    With a torch.distributed process group each process evaluates its share of the images, and all
+    of them return the same evaluation.
 
     Args:
         bundle: the model; its adapters are merged during the evaluation and restored after it.
@@ -242,7 +242,7 @@ def evaluate_model(
 
 
 def _check_complete(predictions: Predictions, dataset: Dataset, split: str, max_bad: int) -> None:
-    """Refuses a wrong number of images, and keys that several shards share."""
+    """Raises :class:`VlkrError` for a wrong number of images or for duplicate keys."""
     number = len(predictions)
     expected = dataset.sizes.get(split, number)
     if not number or not expected - max_bad <= number <= expected:
@@ -262,9 +262,9 @@ def dataset_embeddings(model: EvalModel, dataset: Dataset, *, cache: bool) -> Te
     """Returns the model's classifier for a dataset, from its class names and templates.
 
     Args:
-        model: with a text tower, or with learned class embeddings.
-        dataset: class names and templates.
-        cache: keep it on disk, under the text tower's weights, the names and the templates.
+        model: model with a text tower, or with learned class embeddings.
+        dataset: dataset whose class names and templates are embedded.
+        cache: keep it on disk, keyed by the text tower's weights, the names and the templates.
 
     Returns:
         ``(num_classes, embed_dim)``, normalized, on the model's device.
@@ -303,12 +303,6 @@ class Reference:
 
     Args:
         path: ``metrics.json`` of ``vlkr evaluate``, or the folder that holds it.
-
-    Attributes:
-        label: the model's name and its weights' hash.
-
-    Raises:
-        VlkrError: if there is no such evaluation.
     """
 
     def __init__(self, path: Path) -> None:
@@ -323,7 +317,7 @@ class Reference:
         except (KeyError, TypeError, ValueError) as error:
             raise VlkrError(f"{self.path} is not an evaluation of a model: {error}") from error
         if "adapter" in content:
-            raise VlkrError(f"{self.path} is of an adapted model, expected a zero-shot one")
+            raise VlkrError(f"{self.path} is from an adapted model; expected a zero-shot one")
 
     def accuracy(self, dataset: str, split: str) -> float:
         """Returns the accuracy on a split of a dataset; :class:`VlkrError` if there is none."""

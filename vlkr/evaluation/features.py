@@ -1,4 +1,4 @@
-"""Image features of a split: encoded, or read from the cache where the image tower is frozen."""
+"""Computes image features of a split, or reads them from the cache if the tower is frozen."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from vlkr.errors import VlkrError
 from vlkr.models.clip import ClipBundle, encode_image
 from vlkr.runtime import check_num_workers, pick_device, world_size
 
-# A matrix product of few rows takes another kernel, whose sums differ in the last bits; padded to
-# a multiple of this many rows an image's features do not depend on who shares its batch.
+# A matrix product of few rows uses a different kernel, whose sums differ in the last bits; padded
+# to a multiple of this many rows, an image's features do not depend on the rest of its batch.
 _ROWS = 16
 
 
@@ -33,9 +33,9 @@ class Features:
     """Image features of a batch or a split, and the labels of the images.
 
     Attributes:
-        keys: of the samples.
+        keys: keys of the samples.
         labels: ``(num_images)``, int64.
-        domains: of the samples, None where the data has none.
+        domains: domains of the samples; None if the data has none.
         features: ``(num_images, embed_dim)``, normalized, fp32.
     """
 
@@ -82,12 +82,12 @@ def image_features(
 
     Args:
         bundle: the model, with or without adapters.
-        dataset: with the split.
-        split: name.
+        dataset: dataset that has the split.
+        split: name of the split.
         batch_size: images per batch.
         num_workers: processes that decode images.
         device: where to compute.
-        cache: keep them on disk.
+        cache: keep the features on disk.
         max_bad: maximum number of invalid images to skip before failing.
 
     Raises:
@@ -117,18 +117,18 @@ class EvalModel:
 
     @cached_property
     def image_tower_hash(self) -> str:
-        """Hash of the weights that image features depend on, merged adapters included."""
+        """Returns a hash of the weights behind image features, including merged adapters."""
         return weights_hash(self.module.get_submodule("visual"))
 
     @cached_property
     def text_tower_hash(self) -> str:
-        """Hash of the weights that class embeddings depend on, merged adapters included."""
+        """Returns a hash of the weights behind class embeddings, including merged adapters."""
         return weights_hash(self.module, without="visual")
 
 
 @contextmanager
 def evaluation_mode(bundle: ClipBundle, device: str) -> Iterator[EvalModel]:
-    """Within the block the model is on a device and its adapters are merged."""
+    """Moves the model to a device and merges its adapters within the block."""
     target = pick_device(device)
     model = bundle.model.to(target).eval()
     adapted = any(True for _ in adapter_layers(model))

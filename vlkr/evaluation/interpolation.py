@@ -1,4 +1,4 @@
-"""WiSE-FT: a run's accuracy between its base model and its adapter, and beyond."""
+"""Interpolates between a run's base model and its adapter, and beyond (WiSE-FT)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Point:
 
     Attributes:
         alpha: 0 is the base model, 1 the adapted one.
-        validation: on the run's validation images, None where there are none.
-        evaluation: in-distribution and under shift.
+        validation: result on the run's validation images; None if there are none.
+        evaluation: evaluation in-distribution and under shift.
     """
 
     alpha: float
@@ -45,8 +45,8 @@ class Interpolation:
     Attributes:
         points: by increasing alpha.
         context: what the numbers depend on.
-        output: folder that was written, None for none.
-        saved: the alpha that was saved there as a run, None for none.
+        output: folder that was written, if any.
+        saved: alpha that was saved there as a run, if any.
     """
 
     points: list[Point]
@@ -220,8 +220,8 @@ def interpolate(
             "images than the shots; give an alpha"
         )
     templates = data.templates if templates is None else templates
-    home = folder.dataset() if datasets is None else None
-    loaded = with_shifts(home, datasets or [], shifts, templates, data.test_fraction)
+    first = folder.dataset() if datasets is None else None
+    loaded = with_shifts(first, datasets or [], shifts, templates, data.test_fraction)
     trained = adapter_scale(bundle)
     console = Console(stderr=True)
 
@@ -234,10 +234,10 @@ def interpolate(
             "device": device,
             "cache": cache,
         }
-        seen = None
+        validated = None
         if validation is not None:
-            seen = evaluate_model(bundle, [validation], split="val", **options).in_distribution
-        return Point(alpha, seen, evaluate_model(bundle, loaded, split=split, **options))
+            validated = evaluate_model(bundle, [validation], split="val", **options).in_distribution
+        return Point(alpha, validated, evaluate_model(bundle, loaded, split=split, **options))
 
     try:
         result = Interpolation([measure(alpha) for alpha in steps], context, output)

@@ -1,7 +1,7 @@
-"""Classification metrics of predictions in their order, the same for one process or many.
+"""Computes classification metrics, identically for one process or several.
 
-Every value is a fraction in [0, 1] but for the negative log-likelihood (nats) and effective
-robustness (a difference of fractions). What is undefined is an error or is left out, never NaN.
+Every value is a fraction in [0, 1], except for the negative log-likelihood (nats) and effective
+robustness (a difference of fractions). An undefined value is an error or is omitted, never NaN.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from vlkr.evaluation.predictions import Predictions
 
 BINS = 15
 _CLIP = 1e-3
-# torchmetrics opens a bin of its own for a confidence of exactly 1.
+# torchmetrics puts a confidence of exactly 1 into a separate bin.
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Confused:
-    """A class that is predicted for another: how often, and for which fraction of its images."""
+    """A confusion of two classes: number and fraction of the label's images."""
 
     label: str
     predicted: str
@@ -84,7 +84,7 @@ class DatasetResult:
         worst_confusions: the most frequent confusions.
         class_names: by label.
         confusion: counts, rows are labels.
-        predictions: of each image, if they are to be saved.
+        predictions: per-image predictions, if they were kept.
     """
 
     dataset: str

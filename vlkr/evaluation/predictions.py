@@ -1,4 +1,4 @@
-"""Per-image predictions: the record that every metric is computed from."""
+"""Per-image predictions, from which every metric is computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from vlkr.errors import VlkrError
 from vlkr.files import write_text
 
-# Column, and its name in a line of JSON.
+# Columns, and their names in JSON.
 _COLUMNS = {
     "keys": "key",
     "labels": "label",
@@ -30,13 +30,13 @@ class Predictions:
     """One entry per image in each list, sorted by key.
 
     Attributes:
-        keys: of the samples.
+        keys: keys of the samples.
         labels: indices into the class names.
         predicted: the class with the largest logit.
         confidence: its softmax probability.
         in_top5: whether the label is among the five largest logits.
         nll: negative log-likelihood of the label, in nats.
-        domains: of the samples, None where the data has none.
+        domains: domains of the samples; None if the data has none.
     """
 
     keys: list[str]
@@ -52,7 +52,7 @@ class Predictions:
 
     @classmethod
     def joined(cls, parts: Iterable[Predictions]) -> Predictions:
-        """Returns all entries, in an order that does not depend on how the samples were shared."""
+        """Returns all entries, in an order that does not depend on how samples were split."""
         columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         for part in parts:
             for name, values in columns.items():
@@ -72,7 +72,7 @@ class Predictions:
         """Reads what :meth:`write_jsonl` wrote.
 
         Raises:
-            VlkrError: if the file cannot be read or holds something else.
+            VlkrError: if the file cannot be read or does not hold predictions.
         """
         try:
             rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -92,8 +92,8 @@ def predict(
     Args:
         logits: ``(batch, num_classes)``; softmax is taken in fp64.
         labels: ``(batch)``, on the same device.
-        keys: of the samples.
-        domains: of the samples.
+        keys: keys of the samples.
+        domains: domains of the samples.
 
     Raises:
         VlkrError: if a logit is not finite.
@@ -117,6 +117,6 @@ def predict(
 
 
 def _rounded(values: Tensor) -> list[float]:
-    """Rounds to twelve digits; the last ones of fp64 depend on the images that share a batch."""
+    """Rounds to 12 decimals, because fp64's last digits depend on the batch."""
     rounded: list[float] = (values.round(decimals=12) + 0.0).tolist()  # and no negative zero
     return rounded

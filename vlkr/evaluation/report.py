@@ -1,4 +1,4 @@
-"""An evaluation as people read it (tables, Markdown, a figure) and as programs do (JSON)."""
+"""Reports an evaluation for people (tables, Markdown, a figure) and for programs (JSON)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Evaluation:
     """One model on an in-distribution dataset and on shifted ones.
 
     Attributes:
-        results: by dataset, the in-distribution one first.
+        results: one per dataset, the in-distribution one first.
         context: what the numbers depend on: model, weights' hash, adapter, shots, seed, ...
     """
 
@@ -73,13 +73,13 @@ class Evaluation:
         return min(self.shifts, key=lambda r: r.metrics["acc1"])
 
     def caption(self, context: dict[str, Any] | None = None) -> str:
-        """Returns what the numbers depend on in one line; ``context`` replaces the own one."""
+        """Returns in one line what the numbers depend on; ``context`` replaces the own one."""
         first = self.in_distribution
         context = self.context if context is None else context
         return caption({**context, "split": first.split, "templates": first.templates})
 
     def tables(self) -> list[Table]:
-        """Returns the table, and one for each dataset with domains or further metrics."""
+        """Returns the main table, and one per dataset with domains or further metrics."""
         shown = self.metrics
 
         def row(name: str, images: str, value: Callable[[str], float]) -> list[str]:

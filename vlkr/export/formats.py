@@ -42,12 +42,12 @@ class Preprocessing:
 
     Attributes:
         size: height and width in pixels.
-        mean: per channel, of pixels in [0, 1].
-        std: likewise.
+        mean: mean per channel of pixels in [0, 1].
+        std: standard deviation per channel of pixels in [0, 1].
         interpolation: ``"bicubic"`` or ``"bilinear"``.
         resize_mode: ``"shortest"`` (shortest edge, then a center crop), ``"squash"`` or
             ``"longest"`` (longest edge, then padding).
-        fill_color: of the padding.
+        fill_color: gray level of the padding.
         crop_pct: size of the crop relative to the resized image; 1 except for timm's models.
     """
 
@@ -151,7 +151,7 @@ class Classifier:
     """Class embeddings and what they were made from.
 
     Attributes:
-        class_names: by label.
+        class_names: class names in the order of the labels.
         templates: prompts with the placeholder ``{c}``.
         class_embeddings: ``(num_classes, embed_dim)``, unit norm, fp32.
         logit_scale: factor of the cosine similarities.
@@ -177,8 +177,8 @@ class ExportInput:
         adapted: the model with its adapters injected, at the scale that is exported.
         merged: a copy with the adapters merged in fp32: the base model's classes and state-dict
             keys.
-        preprocessing: of the images.
-        classifier: of the run's classes.
+        preprocessing: settings of the evaluation transform.
+        classifier: class embeddings of the run's classes.
         alpha: scale of the adapters; 1 as trained, 0 for the base model.
     """
 
@@ -197,19 +197,19 @@ class Manifest:
 
     Attributes:
         format: a key of ``FORMATS``.
-        dtype: of the weights, a key of ``DTYPES``.
+        dtype: dtype of the weights, a key of ``DTYPES``.
         alpha: scale of the adapters.
-        vlkr_version: that wrote the export.
+        vlkr_version: version of vlkr that wrote the export.
         base_model: name of the base model.
-        base_pretrained: its tag, or the path of its weights.
-        base_sha256: hash of its weights.
+        base_pretrained: tag of the base model, or path of its weights.
+        base_sha256: hash of the base model's weights.
         weights_sha256: hash of the merged weights in fp32.
         adapter: name and options.
         data: name, the options that select the training images, and the seed.
-        class_names: by label.
-        templates: of the prompts.
-        preprocessing: the fields of :class:`Preprocessing`.
-        parity: the fields of :class:`vlkr.export.parity.Parity`, once they are known.
+        class_names: class names in the order of the labels.
+        templates: prompts with the placeholder ``{c}``.
+        preprocessing: fields of :class:`Preprocessing`.
+        parity: fields of :class:`vlkr.export.parity.Parity`; None while the export is written.
     """
 
     format: str

@@ -18,15 +18,11 @@ from vlkr.errors import VlkrError
 from vlkr.export.formats import Exported, ExportInput, unit_norm
 from vlkr.models.clip import encode_image
 
-INPUTS = {
-    "image_encoder": "pixel_values",
-    "text_encoder": "input_ids",
-    "classifier": "pixel_values",
-}
-OUTPUTS = {
-    "image_encoder": "image_features",
-    "text_encoder": "text_features",
-    "classifier": "logits",
+# Names of the input and the output of each graph.
+GRAPHS = {
+    "image_encoder": ("pixel_values", "image_features"),
+    "text_encoder": ("input_ids", "text_features"),
+    "classifier": ("pixel_values", "logits"),
 }
 
 
@@ -91,7 +87,7 @@ class ExportedGraphs(Exported):
 
 
 def trace(
-    source: ExportInput, dtype: torch.dtype, names: Collection[str] = INPUTS.keys()
+    source: ExportInput, dtype: torch.dtype, names: Collection[str] = GRAPHS.keys()
 ) -> Iterator[tuple[str, ExportedProgram]]:
     """Yields the graphs by name, each for any batch size; no text encoder without a text tower.
 
@@ -116,7 +112,7 @@ def trace(
                 program = torch.export.export(
                     module.eval(),
                     (example,),
-                    dynamic_shapes={INPUTS[name]: {0: Dim("batch")}},
+                    dynamic_shapes={GRAPHS[name][0]: {0: Dim("batch")}},
                     strict=False,
                 )
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:

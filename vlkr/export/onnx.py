@@ -16,10 +16,10 @@ from torch import Tensor
 
 from vlkr.errors import VlkrError
 from vlkr.export.formats import Classifier, Format, Preprocessing
-from vlkr.export.graphs import INPUTS, OUTPUTS, ExportedGraphs, graph_metadata, quiet, trace
+from vlkr.export.graphs import GRAPHS, ExportedGraphs, graph_metadata, quiet, trace
 from vlkr.export.hf_clip import write_tokenizer
 
-_LARGE = 2**30  # protobuf ends at 2 GiB, so larger weights go to a file of their own
+_LARGE = 2**30  # protobuf is limited to 2 GiB; larger weights are stored in a separate file
 _DTYPES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 
 
@@ -79,14 +79,15 @@ labels = json.loads(classifier.get_modelmeta().custom_metadata_map["labels"])
             write_tokenizer(self.source.adapted, folder)
         metadata = {key: json.dumps(value) for key, value in graph_metadata(self.source).items()}
         for name, program in trace(self.source, torch.float32, ("image_encoder", "text_encoder")):
+            input_name, output_name = GRAPHS[name]
             with quiet():
                 exported = torch.onnx.export(
                     program,
                     dynamo=True,
                     verbose=False,
-                    input_names=[INPUTS[name]],
-                    output_names=[OUTPUTS[name]],
-                    dynamic_shapes={INPUTS[name]: {0: "batch"}},
+                    input_names=[input_name],
+                    output_names=[output_name],
+                    dynamic_shapes={input_name: {0: "batch"}},
                 )
             assert exported is not None
             exported.model.metadata_props.update(metadata)
@@ -111,7 +112,7 @@ def _append_classes(model: ir.Model, classifier: Classifier) -> None:
     graph.register_initializer(weight)
     product = ir.node("MatMul", [features, weight])
     (logits,) = product.outputs
-    logits.name, logits.type = OUTPUTS["classifier"], features.type
+    logits.name, logits.type = GRAPHS["classifier"][1], features.type
     logits.shape = ir.Shape([features.shape[0], embeddings.shape[1]])
     graph.append(product)
     graph.outputs[:] = [logits]

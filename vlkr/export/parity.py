@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +43,6 @@ class Parity:
     same_predictions: float
     bound: float
     tie: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns all fields by name."""
-        return asdict(self)
 
     def summary(self) -> str:
         """Returns all numbers in a sentence."""
@@ -116,11 +112,9 @@ def spread_images(dataset: Dataset, count: int) -> list[Image.Image]:
 
 
 def _round_robin(iterators: list[Iterator[Sample]]) -> Iterator[Sample]:
-    while iterators:
-        remaining = []
-        for iterator in iterators:
-            sample = next(iterator, None)
-            if sample is not None:
-                yield sample
-                remaining.append(iterator)
-        iterators = remaining
+    pending = deque(iterators)
+    while pending:
+        iterator = pending.popleft()
+        if (sample := next(iterator, None)) is not None:
+            yield sample
+            pending.append(iterator)

@@ -169,7 +169,12 @@ def predict(
     """
     _check(format, top_k, batch_size, num_workers, output, force)
     if output is not None and format == "table":
-        format = _format_of(output)
+        format = output.suffix.removeprefix(".")
+        if format not in ("csv", "jsonl"):
+            raise VlkrError(
+                f"cannot tell the format of {output}: name it .csv or .jsonl, or give --format csv "
+                "or jsonl"
+            )
     paths = list(_image_paths(images))
     exported, manifest = load_export(model, device), read_manifest(model)
     num_classes = len(exported.classifier.class_names)
@@ -207,16 +212,6 @@ def _check(
         if output.exists() and not (force and output.is_file()):
             raise VlkrError(f"{output} exists already; name another file, or --force replaces it")
         check_free(output.parent, force=True)
-
-
-def _format_of(output: Path) -> str:
-    extension = output.suffix.removeprefix(".")
-    if extension not in ("csv", "jsonl"):
-        raise VlkrError(
-            f"cannot tell the format of {output}: name it .csv or .jsonl, or give --format csv or "
-            "jsonl"
-        )
-    return extension
 
 
 def _image_paths(given: list[Path]) -> Iterator[Path]:

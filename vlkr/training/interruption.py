@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SLURM's signal: training ends between two steps, with a checkpoint."""
+"""Graceful interruption by Ctrl-C, SIGTERM or SLURM: training stops between two steps."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from lightning.pytorch.callbacks import Callback
 from vlkr.errors import VlkrError
 
 _GRACE = 8.0
-"""Seconds until a step or a validation that does not end is broken off."""
+"""Seconds that a step or a validation may take to finish before it is aborted."""
+
+_START_OVER = "no epoch was completed; start over with --force"
 
 
 class StoppedError(Exception):
-    """Training was interrupted and its checkpoint written; the message tells how to go on."""
+    """Training was interrupted and its checkpoint written; the message says how to resume."""
 
 
 class Interruption(Callback):
-    """Waits for the end of a step, writes a checkpoint there and raises :class:`StoppedError`.
+    """Stops training after a step: writes a checkpoint and raises :class:`StoppedError`.
 
-    What is interrupted within a step is an optimizer or a file half-way through its work, and what
-    a checkpoint of that would hold. A second Ctrl-C, or a step of more than 8 s, raises
-    :class:`KeyboardInterrupt` at once. On a SLURM cluster (as Lightning detects it) SIGUSR1, which
-    ``sbatch --signal=SIGUSR1@90`` sends ahead of the time limit, also puts the job into the queue
-    again. All processes of a run stop behind the same step.
+    Stopping within a step could leave the optimizer or a file half updated. A second Ctrl-C, or a
+    step that takes more than 8 s to finish, raises :class:`KeyboardInterrupt` immediately. On a
+    SLURM cluster (as detected by Lightning) SIGUSR1, which ``sbatch --signal=SIGUSR1@90`` sends
+    before the time limit, also requeues the job. All processes of a run stop after the same step.
 
     Args:
-        checkpoint: where the trainer keeps it.
+        checkpoint: path that the trainer writes its checkpoint to.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -46,7 +47,7 @@ class Interruption(Callback):
         self.trainer: L.Trainer | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes the signals over from Lightning, which gives them back to whom they belonged."""
+        """Replaces Lightning's signal handlers; Lightning restores the original ones later."""
         self.has_started = True
         self.trainer = trainer
         if trainer.received_sigterm:
@@ -59,8 +60,8 @@ class Interruption(Callback):
         signal.signal(signal.SIGALRM, signal.default_int_handler)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stops behind an epoch, whose checkpoint is written."""
-        if self._is_to_stop(trainer):
+        """Stops after an epoch, whose checkpoint has been written."""
+        if self._should_stop(trainer):
             raise StoppedError(self.resume_hint(trainer.current_epoch))
 
     def on_train_batch_end(
@@ -71,38 +72,34 @@ class Interruption(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Stops behind an optimizer step, unless the epoch ends here with a checkpoint anyway."""
+        """Stops after an optimizer step, unless the epoch ends with it and writes a checkpoint."""
         is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not self._is_to_stop(trainer) or not is_step or trainer.is_last_batch:
+        if not self._should_stop(trainer) or not is_step or trainer.is_last_batch:
             return
-        self._rest()
+        self._cancel_alarm()
         trainer.save_checkpoint(self.checkpoint)
         raise StoppedError(self.resume_hint(trainer.current_epoch, batch_idx + 1))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes the alarm off."""
-        self._rest()
+        """Cancels the alarm."""
+        self._cancel_alarm()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Takes the alarm off."""
-        self._rest()
+        """Cancels the alarm."""
+        self._cancel_alarm()
 
     def resume_hint(self, epochs: int, batches: int = 0) -> str:
-        """What the checkpoint holds and which option goes on from it."""
+        """Returns what the checkpoint holds and which option continues from it."""
         if not self.checkpoint.is_file():
-            return "no epoch was finished, start again with --force"
-        held = f"{epochs} epoch{'' if epochs == 1 else 's'}"
-        held += f" and {batches} batch{'' if batches == 1 else 'es'}" if batches else ""
-        return f"{self.checkpoint.name} holds {held}, --resume goes on from there"
+            return _START_OVER
+        progress = f"{epochs} epoch{'' if epochs == 1 else 's'}"
+        progress += f" and {batches} batch{'' if batches == 1 else 'es'}" if batches else ""
+        return f"{self.checkpoint.name} holds {progress}; --resume continues from there"
 
     def requeue(self) -> None:
-        """Puts the job into SLURM's queue again, if that was asked for.
-
-        Raises:
-            VlkrError: if SLURM does not.
-        """
+        """Requeues the job if SLURM's signal was received; :class:`VlkrError` if that fails."""
         assert self.trainer is not None
         if self.received is not signal.SIGUSR1 or not self.trainer.is_global_zero:
             return
@@ -111,7 +108,7 @@ class Interruption(Callback):
         try:
             subprocess.run(["scontrol", "requeue", job], check=True, stdout=subprocess.DEVNULL)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise VlkrError(f"cannot put job {job!r} into the queue again: {error}") from error
+            raise VlkrError(f"cannot requeue job {job!r}: {error}") from error
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
@@ -121,27 +118,23 @@ class Interruption(Callback):
         self.received = signal.Signals(number)
         signal.setitimer(signal.ITIMER_REAL, _GRACE)
         launcher = None if self.trainer is None else self.trainer.strategy.launcher
-        if launcher is not None and number != signal.SIGINT:  # which a terminal sends to all
+        if launcher is not None and number != signal.SIGINT:  # terminals send SIGINT to all
             launcher.kill(number)
 
-    def _is_to_stop(self, trainer: L.Trainer) -> bool:
+    def _should_stop(self, trainer: L.Trainer) -> bool:
         received = self.received is not None
         if trainer.world_size == 1:
             return received
         return bool(trainer.strategy.reduce_boolean_decision(received, all=False))
 
-    def _rest(self) -> None:
+    def _cancel_alarm(self) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextmanager
 def add_resume_hint(checkpoint: Path) -> Iterator[None]:
-    """Gives an interruption of what comes before and after training its line, too.
-
-    Raises:
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, saying how to go on.
-    """
+    """Says in a :class:`KeyboardInterrupt` before or after training how to continue the run."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -149,13 +142,13 @@ def add_resume_hint(checkpoint: Path) -> Iterator[None]:
             raise
         if checkpoint.is_file():
             raise KeyboardInterrupt(
-                f"{checkpoint.name} is whole, --resume goes on from there"
+                f"{checkpoint.name} is complete; --resume continues from there"
             ) from error
         if (checkpoint.parents[1] / "config.yaml").exists():
-            raise KeyboardInterrupt("no epoch was finished, start again with --force") from error
-        raise KeyboardInterrupt("nothing was written, start it again") from error
+            raise KeyboardInterrupt(_START_OVER) from error
+        raise KeyboardInterrupt("nothing was written; start the run again") from error
 
 
 def is_requeued() -> bool:
-    """Whether SLURM runs this job again, so that the same command is to go on."""
+    """Returns whether SLURM has requeued this job, in which case the same command resumes."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")

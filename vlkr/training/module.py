@@ -38,15 +38,15 @@ class FewShotModule(L.LightningModule):
 
     Args:
         bundle: a model with adapters.
-        class_names: by label.
-        templates: with the placeholder ``{c}``.
-        optimizer: options.
-        seed: of dropout, and of the classes of a step.
-        classes_per_step: with more classes, a step uses those of the batch and random further
+        class_names: class names, by label.
+        templates: prompt templates with the placeholder ``{c}``.
+        optimizer: optimizer options.
+        seed: random seed of dropout and of the classes of a step.
+        classes_per_step: maximum classes per step: those of the batch plus randomly sampled
             ones, which bounds the text tower's work; None for all classes.
 
     Raises:
-        VlkrError: for a logit scale with which training is not possible.
+        VlkrError: for a logit scale out of range.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class FewShotModule(L.LightningModule):
             host.adapters.train()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seeds dropout by seed, epoch and batch, so that a resumed run equals an unbroken one."""
+        """Seeds dropout by seed, epoch and batch, so that a resumed run is reproducible."""
         source = np.random.SeedSequence([self.seed, self.current_epoch, batch_idx])
         torch.manual_seed(int(source.generate_state(1, np.uint64)[0]))
 
@@ -287,17 +287,17 @@ def first_layer_not_finite(model: nn.Module, forward: Callable[[], object]) -> s
     """Returns the name of the innermost module whose output is not finite first; None for none.
 
     Args:
-        model: its modules are watched.
-        forward: runs it.
+        model: model whose modules are hooked.
+        forward: function that runs the model.
     """
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def look(module: nn.Module, args: Any, output: Any) -> None:
+        def check(module: nn.Module, args: Any, output: Any) -> None:
             if not found and not all_finite(_tensors(output)):
                 found.append(name)
 
-        return look
+        return check
 
     hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if name]
     try:
@@ -310,7 +310,7 @@ def first_layer_not_finite(model: nn.Module, forward: Callable[[], object]) -> s
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every element is finite; synchronizes with the device once."""
+    """Returns whether every element is finite; synchronizes with the device once."""
     floating = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
     return bool(torch.isfinite(nn.utils.get_total_norm(floating, math.inf)))
 

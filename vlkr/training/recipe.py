@@ -1,4 +1,4 @@
-"""The few-shot recipe: adapters on a loaded model, trained by Lightning, in a run folder."""
+"""The few-shot recipe: trains adapters with Lightning and writes a run folder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class AdaptResult:
     Attributes:
         output: the run folder.
         bundle: the model with trained adapters.
-        evaluation: on the test split of the run's dataset.
+        evaluation: evaluation on the test split of the run's dataset.
         parameters: number of trained parameters.
         seconds: training time.
     """
@@ -68,12 +68,12 @@ class AdaptResult:
 
 @dataclass(frozen=True)
 class Training:
-    """Facts about a training that has ended.
+    """Summary of a finished training.
 
     Attributes:
         parameters: number of trained parameters.
-        images: number of different training images; smaller than the shots ask for where a class
-            has too few.
+        images: number of distinct training images; fewer than the shots imply if a class has too
+            few.
         seconds: training time.
         val_acc1: top-1 accuracy of the last epoch on the held-out images; None without any.
         device: where the model was trained.
@@ -103,18 +103,18 @@ def adapt(
     Args:
         output: run folder to write.
         model: as for :func:`~vlkr.models.loading.load_model`.
-        pretrained: likewise.
+        pretrained: open_clip tag or path of weights.
         adapter: method and targets.
         data: dataset, shots and batches.
         optimizer: optimizer options.
         trainer: epochs, precision and device.
         seed: random seed for split, initialization, shuffling and augmentation.
-        resume: continue from the checkpoint of an interrupted run; a job that SLURM requeues does
-            so by itself.
+        resume: continue from the checkpoint of an interrupted run; implied for a job that SLURM
+            has requeued.
         force: allow a non-empty output folder.
 
     Raises:
-        VlkrError: for any option that does not make sense, before anything is written.
+        VlkrError: for an invalid option, before anything is written.
     """
     model, pretrained = absolute_names(model, pretrained)
     config = RunConfig(model, pretrained, adapter, data, optimizer, trainer, seed)
@@ -158,9 +158,9 @@ def train(
     """Adds adapters to a loaded model, trains them and writes the run folder.
 
     Args:
-        folder: started, with a resolved configuration; what an earlier run left is replaced.
-        bundle: without adapters; has trained ones afterwards, on the CPU.
-        dataset: what the configuration's data name.
+        folder: started run folder with a resolved configuration; an earlier run is replaced.
+        bundle: model without adapters; afterwards it has trained ones and is on the CPU.
+        dataset: dataset that the configuration names.
         resume: continue from the checkpoint.
 
     Raises:
@@ -218,7 +218,7 @@ def train(
 
 
 def _initial_head(bundle: ClipBundle, dataset: Dataset, datamodule: FewShotDataModule) -> ClassHead:
-    """Class embeddings at the mean features of the training images."""
+    """Returns a class head initialized with the mean features of the training images."""
     source = View(datamodule.pool, times=datamodule.train_keys)
     loader = evaluation_loader(source, bundle.preprocess, 32, datamodule.options.num_workers)
     head = ClassHead(dataset.class_names, bundle.model_cfg["embed_dim"])
@@ -232,7 +232,7 @@ def _initial_head(bundle: ClipBundle, dataset: Dataset, datamodule: FewShotDataM
 
 @dataclass
 class ProjectResult:
-    """A projected fine-tune: the adapter folder, each layer's error, and the context."""
+    """A fine-tune projected onto an adapter: its folder, each layer's error, and the context."""
 
     output: Path
     layers: list[Projected]
@@ -241,7 +241,7 @@ class ProjectResult:
 
     @property
     def error(self) -> float:
-        """Unweighted root mean square of the layers' relative errors."""
+        """Returns the unweighted root mean square of the layers' relative errors."""
         return math.sqrt(sum(layer.error**2 for layer in self.layers) / len(self.layers))
 
     def to_json(self) -> dict[str, Any]:
@@ -273,10 +273,10 @@ def project_fine_tune(
     adapter: AdapterConfig = AdapterConfig(),
     force: bool = False,
 ) -> ProjectResult:
-    """Finds the adapter that is nearest to a full fine-tune and writes it as an adapter folder.
+    """Projects a full fine-tune onto the nearest adapter and writes it as an adapter folder.
 
-    KRAdapter's is the truncated SVD of each row, LoRA's that of the matrix. What the fine-tune
-    changed elsewhere (norms, embeddings, biases) is left out.
+    KRAdapter uses the truncated SVD of each row, LoRA that of the matrix. Changes to other
+    parameters (norms, embeddings, biases) are ignored.
 
     Args:
         output: adapter folder to write.
@@ -291,7 +291,7 @@ def project_fine_tune(
         VlkrError: if a model cannot be read, or the two differ in shape.
     """
     if adapter.match is not None:
-        raise VlkrError("adapter.match does not go with project; adapter.options choose the size")
+        raise VlkrError("adapter.match cannot be used with project; use adapter.options")
     check_free(output, force=force)
     first, second = load_model(base, base_pretrained), load_model(tuned, tuned_pretrained)
     layers = project_model(

@@ -1,4 +1,4 @@
-"""Lightning's trainer as the recipe uses it, and checkpoints that carry their own checksum."""
+"""Builds and runs Lightning's trainer, and seals its checkpoints with a checksum."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vlkr.training.interruption import Interruption, StoppedError
 # A zip archive ends with the length of its comment, in two bytes, and the comment.
 _MARK = b"sha256:"
 _LENGTH = len(_MARK) + 2 * hashlib.sha256().digest_size
-# What Lightning and torch raise where a checkpoint has not the structure they wrote.
+# Raised by Lightning and torch for a checkpoint of an unexpected structure.
 _RESTORE_ERRORS = (
     AttributeError,
     IndexError,
@@ -40,7 +40,7 @@ _RESTORE_ERRORS = (
 
 
 class _ProgressBar(RichProgressBar):
-    """Without the logger's version number."""
+    """A progress bar without the logger's version number."""
 
     def get_metrics(
         self, trainer: L.Trainer, pl_module: L.LightningModule
@@ -54,12 +54,12 @@ def make_trainer(folder: RunFolder, options: TrainerConfig, grad_clip: float) ->
     """Returns a trainer that logs to a run folder and writes its checkpoint after each epoch.
 
     Args:
-        folder: of the run; nothing is written before training starts.
-        options: of the run.
+        folder: run folder; nothing is written before training starts.
+        options: epochs, precision and devices.
         grad_clip: largest gradient norm, 0 for none.
 
     Raises:
-        VlkrError: for a device or precision that is not there.
+        VlkrError: for a device or precision that is not available.
     """
     callbacks: list[Callback] = [
         ModelCheckpoint(
@@ -87,8 +87,7 @@ def make_trainer(folder: RunFolder, options: TrainerConfig, grad_clip: float) ->
                 CSVLogger(folder.log_dir, name="", version="csv"),
                 TensorBoardLogger(folder.log_dir, name="", version="tensorboard"),
             ],
-            # Where Lightning would look for a SLURM checkpoint by itself: a folder that a fresh run
-            # empties.
+            # Lightning looks for SLURM checkpoints here; a fresh run empties the folder.
             default_root_dir=folder.checkpoint.parent,
             enable_progress_bar=options.progress,
             enable_model_summary=False,
@@ -120,15 +119,15 @@ def fit(
     """Trains, from the start or from ``checkpoint``.
 
     Args:
-        trainer: of :func:`make_trainer`.
-        module: to train.
-        datamodule: to train on.
-        checkpoint: where the trainer keeps it.
-        resume: go on from it; it is checked already.
+        trainer: returned by :func:`make_trainer`.
+        module: model to train.
+        datamodule: training and validation data.
+        checkpoint: path that the trainer writes its checkpoint to.
+        resume: continue from the checkpoint, which has been checked already.
 
     Raises:
-        VlkrError: if ``checkpoint`` has another structure.
-        KeyboardInterrupt: on Ctrl-C, SIGTERM or SLURM's signal, saying how to go on.
+        VlkrError: if the checkpoint has an unexpected structure.
+        KeyboardInterrupt: on Ctrl-C, SIGTERM or SLURM's signal, saying how to resume.
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
     interruption = Interruption(checkpoint)
@@ -143,8 +142,8 @@ def fit(
     except StoppedError as error:
         interruption.requeue()
         raise KeyboardInterrupt(str(error)) from error
-    except SystemExit as error:  # Lightning's answer to an interruption that could not wait
-        signal.signal(signal.SIGINT, on_interrupt)  # which Lightning leaves ignored
+    except SystemExit as error:  # raised by Lightning for an interruption within a step
+        signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves it ignored
         raise KeyboardInterrupt(interruption.resume_hint(trainer.current_epoch)) from error
     except _RESTORE_ERRORS as error:
         if isinstance(error, VlkrError) or not resume or interruption.has_started:
