@@ -10,12 +10,13 @@ from helpers import COLORS, color_image, write_images, write_shards
 from open_clip.transform import image_transform
 from torchvision.transforms import v2
 
-from vlkr.datasets import DataConfig, FewShotDataModule
+from vlkr.datasets import DataConfig
 from vlkr.datasets.epochs import MemoryBatches
 from vlkr.datasets.images import decode_image
 from vlkr.datasets.loading import TrainTransform
 from vlkr.datasets.splits import few_shot_split
 from vlkr.datasets.streaming import StreamedBatches
+from vlkr.datasets.training import FewShotDataModule
 from vlkr.errors import VlkrError
 from vlkr.training.trainer import quiet_lightning
 

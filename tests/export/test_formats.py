@@ -80,25 +80,20 @@ def test_writes_its_files_and_compares_itself(name, run, vit_run, exported):
     assert manifest["adapter"]["name"] == "kradapter"
 
 
-def test_weights_are_the_merged_ones(run, base, exported):
-    weights = weights_of(exported(run).folder)
-    assert set(base) <= set(weights)
-    state = merged(run).model.state_dict()
-    assert all(torch.equal(state[key], tensor) for key, tensor in weights.items())
-    changed = {key for key, tensor in base.items() if not torch.equal(weights[key], tensor)}
-    assert {key.rsplit(".", 1)[-1] for key in changed} == {"in_proj_weight", "weight"}
-    assert not {key for key in changed if "ln" in key or "embedding" in key or "conv" in key}
-
-
-@pytest.mark.parametrize("dtype", HALF)
-def test_weights_are_merged_in_fp32_and_then_cast(dtype, run, exported):
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("float32", torch.float32), *HALF.items()])
+def test_weights_are_merged_in_fp32_and_then_cast(dtype, torch_dtype, run, base, exported):
     result = exported(run, dtype=dtype)
-    assert result.parity.bound == 0.999
-    state = merged(run).model.state_dict()
-    for key, tensor in weights_of(result.folder).items():
-        expected = state[key] if state[key].numel() == 1 else state[key].to(HALF[dtype])
+    assert result.parity.bound == (0.99999 if dtype == "float32" else 0.999)
+    weights, state = weights_of(result.folder), merged(run).model.state_dict()
+    assert set(base) <= set(weights)
+    for key, tensor in weights.items():
+        expected = state[key] if state[key].numel() == 1 else state[key].to(torch_dtype)
         assert tensor.dtype is expected.dtype
         assert torch.equal(tensor, expected), key
+    # Only the weights of adapted layers change.
+    changed = {k for k, t in base.items() if not torch.equal(weights[k], t.to(weights[k].dtype))}
+    assert {key.rsplit(".", 1)[-1] for key in changed} == {"in_proj_weight", "weight"}
+    assert not {key for key in changed if "ln" in key or "embedding" in key or "conv" in key}
 
 
 @pytest.mark.parametrize(
@@ -172,13 +167,8 @@ def test_alpha_scales_the_weight_update(run, base, tmp_path, exported):
 def test_onnx_tokenizer_gives_the_same_ids(small, tmp_path):
     bundle = load_clip(small)
     write_tokenizer(bundle, tmp_path)
-    texts = [
-        "a photo of a red square.",
-        "Don't  SHOUT, 42 naïve cafés!",
-        "",
-        "long " * 40,
-        "日本 😀",
-    ]
+    texts = ["a photo of a red square.", "Don't  SHOUT, 42 naïve cafés!", "", "日本 😀"]
+    texts.append("long " * 40)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     ids = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     assert ids == bundle.tokenizer(texts).tolist()
@@ -329,20 +319,14 @@ def test_compared_images_are_spread_over_the_classes(colors):
 # Preprocessing
 
 
-@pytest.mark.parametrize(
-    ("mode", "crop_mode", "size"),
-    [
-        ("shortest", "center", (32, 32)),
-        ("squash", "squash", (32, 32)),
-        ("squash", "squash", (32, 24)),
-    ],
-)
+@pytest.mark.parametrize("mode_and_size", [("shortest", 32), ("squash", 32), ("squash", 24)])
 @pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.9])
-def test_transform_is_that_of_timm(mode, crop_mode, size, crop_pct):
+def test_transform_is_that_of_timm(mode_and_size, crop_pct):
+    mode, width = mode_and_size
     preprocessing = Preprocessing(
-        size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", mode, crop_pct=crop_pct
+        (32, width), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", mode, crop_pct=crop_pct
     )
-    assert preprocessing.timm()["crop_mode"] == crop_mode
+    assert preprocessing.timm()["crop_mode"] == {"shortest": "center"}.get(mode, mode)
     theirs = timm.data.create_transform(**preprocessing.timm(), is_training=False)
     noise = np.random.default_rng(0).integers(0, 256, (45, 61, 3), np.uint8)
     image = Image.fromarray(noise)

@@ -191,7 +191,7 @@ def test_timm_builds_the_towers_of_open_clip(name):
 
 
 def write_tokenizer(folder):
-    """Words as tokens, in the files of transformers' tokenizers."""
+    """Writes a tokenizer of words in the files of transformers' tokenizers."""
     words = ["<pad>", "</s>", "<unk>", "a", "photo", "of", "the", "digit", "zero", "one", "two"]
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -204,7 +204,7 @@ def write_tokenizer(folder):
     ).save_pretrained(folder)
 
 
-def test_a_model_in_the_manner_of_siglip(write_model, make_run, digit_images, tmp_path):
+def test_a_model_like_siglip(write_model, make_run, digit_images, tmp_path):
     vision = {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"}
     text = {
         "context_length": 16,

@@ -51,7 +51,7 @@ with tarfile.open(task["shard"]) as archive:
     ]
 prompts, names = task["prompts"], task["names"]
 def pixels_of(metadata):
-    # A user's own lines: pixels from the settings that the file tells.
+    # What a user writes: pixels by the settings in the file.
     settings = metadata["preprocessing"]
     assert settings["interpolation"] == "bicubic" and settings["crop_pct"] == 1
     assert all(image.width == image.height for image in images)  # no crop, whatever the mode
@@ -211,7 +211,7 @@ def lora_run(tmp_path_factory, make_run):
 
 
 class Exports:
-    """README's export section in a folder where its commands are run, each at most once.
+    """README's export section, whose commands are run in ``folder``, each at most once.
 
     ``python`` are the lines that load an export and ``options`` those of ``vlkr export``, by the
     export's folder; ``rest`` is the other Python and ``predict`` the other commands; ``seconds``

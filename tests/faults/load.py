@@ -59,10 +59,11 @@ def fingerprint_stream(folder):
 
 def train_stream(folder, per_shard):
     """Few shots drawn from a split, then an epoch of all its images, augmented and shuffled."""
-    from vlkr.datasets import DataConfig, FewShotDataModule, load_dataset
+    from vlkr.datasets import DataConfig, load_dataset
     from vlkr.datasets.epochs import TrainLoader
     from vlkr.datasets.loading import BadSamples, TrainTransform, to_tensor
     from vlkr.datasets.streaming import EpochPlan, StreamedBatches
+    from vlkr.datasets.training import FewShotDataModule
 
     dataset = load_dataset(Path(folder))
     dataset = replace(dataset, splits={"train": dataset.source("test")})

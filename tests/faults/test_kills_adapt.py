@@ -22,7 +22,7 @@ CHECKPOINT = "checkpoints/last.ckpt"
 def adapt(small, colors):
     """The arguments of a run whose dropout and augmentation tell any step that is not repeated."""
 
-    def arguments(output, *more):
+    def arguments(output, *more, **changes):
         options = {
             "model": small,
             "data.root": colors,
@@ -36,7 +36,7 @@ def adapt(small, colors):
             "adapter.name": "lora",
             "adapter.options": "{rank: 2, dropout: 0.3}",
             "output": output,
-        }
+        } | changes
         return ["adapt", *(f"--{key}={value}" for key, value in options.items()), *more]
 
     return arguments
@@ -91,7 +91,7 @@ def test_killed_at_random_moments(adapt, server, unbroken, tmp_path, case, is_lo
                     assert ended.seconds < 10
                     (line,) = ended.stderr.strip().splitlines()
                     assert line.startswith("vlkr: interrupted")
-                    if line != "vlkr: interrupted":  # which is told before anything is changed
+                    if line != "vlkr: interrupted":  # interrupted before anything is changed
                         assert continue_option(run) in line or "nothing was written" in line
                 option = continue_option(run)
             if ended.code != 0:
@@ -102,12 +102,12 @@ def test_killed_at_random_moments(adapt, server, unbroken, tmp_path, case, is_lo
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_interrupted_in_the_first_epoch_it_goes_on_from_there(
+def test_interrupted_in_the_first_epoch_it_is_resumed_from_there(
     adapt, server, tmp_path, case, number
 ):
-    long_epochs = ("--data.min-steps-per-epoch=10000", "--trainer.epochs=1")
+    long_epoch = {"data.min-steps-per-epoch": 10_000, "trainer.epochs": 1}
     with case("interruption within an epoch: adapt"):
-        process = server.start(adapt(tmp_path / "run", *long_epochs), tmp_path / "stderr")
+        process = server.start(adapt(tmp_path / "run", **long_epoch), tmp_path / "stderr")
         wait_for(lambda: any((tmp_path / "run" / "logs").rglob("events*")))
         time.sleep(0.5)
         ended = server.end(process, tmp_path / "stderr", number)

@@ -208,11 +208,8 @@ def _present(result: Any, as_json: bool) -> int:
     else:
         # As wide as the terminal, as $COLUMNS, or in a file as tables need.
         console = Console(width=shutil.get_terminal_size((160, 24)).columns)
-        if hasattr(result, "tables"):
-            show(result, console)
-        else:
-            result.show(console)
-    return int(getattr(result, "exit_code", 0))
+        show(result, console)
+    return int(result.exit_code)
 
 
 def _words(arguments: Sequence[str]) -> Iterator[str]:

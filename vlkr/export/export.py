@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from copy import deepcopy
@@ -12,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
@@ -39,6 +37,7 @@ from vlkr.models.zero_shot import class_embeddings, tokenize_prompts
 from vlkr.reporting.table import Table
 from vlkr.runs import RunFolder, adapter_scale
 from vlkr.runtime import pick_device
+from vlkr.validation import from_plain
 from vlkr.version import __version__
 
 MANIFEST = "vlkr_export.json"
@@ -191,14 +190,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise VlkrError(
             f"no export at {folder}: {MANIFEST} is missing; `vlkr export` writes one from a run"
         )
+    content = read_json(path)
     try:
-        return TypeAdapter(Manifest).validate_json(json.dumps(read_json(path)), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise VlkrError(
-            f"{path} is damaged: its {key} is {first['input']!r:.80}: {first['msg']}"
-        ) from error
+        return from_plain(Manifest, content, "manifest")
+    except VlkrError as error:
+        reason = str(error).removeprefix("manifest.")
+        raise VlkrError(f"{path} is damaged: its {reason}") from error
 
 
 def load_export(folder: Path, device: str = "cpu") -> Exported:

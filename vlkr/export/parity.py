@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -111,11 +112,9 @@ def spread_images(dataset: Dataset, count: int) -> list[Image.Image]:
 
 
 def _round_robin(iterators: list[Iterator[Sample]]) -> Iterator[Sample]:
-    while iterators:
-        remaining = []
-        for iterator in iterators:
-            sample = next(iterator, None)
-            if sample is not None:
-                yield sample
-                remaining.append(iterator)
-        iterators = remaining
+    pending = deque(iterators)
+    while pending:
+        iterator = pending.popleft()
+        if (sample := next(iterator, None)) is not None:
+            yield sample
+            pending.append(iterator)

@@ -14,9 +14,10 @@ import torch
 from vlkr.adapters import Projected, add_adapters, find_targets, project_model, save_adapter
 from vlkr.adapters.registry import adapter_class
 from vlkr.config import AdapterConfig, OptimizerConfig, TrainerConfig
-from vlkr.datasets import DataConfig, Dataset, FewShotDataModule
+from vlkr.datasets import DataConfig, Dataset
 from vlkr.datasets.loading import TrainTransform, evaluation_loader
 from vlkr.datasets.samples import View
+from vlkr.datasets.training import FewShotDataModule
 from vlkr.errors import VlkrError
 from vlkr.evaluation.evaluate import evaluate_model
 from vlkr.evaluation.report import Evaluation
