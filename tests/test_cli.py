@@ -104,6 +104,8 @@ def test_help_of_every_command(name, capsys, monkeypatch):
 
 
 class Echo:
+    exit_code = 0
+
     def __init__(self, **options):
         self.options = options
 
@@ -281,7 +283,7 @@ def test_exit_status(call, monkeypatch, capsys, error, status, message):
 
 
 def test_a_result_has_its_own_exit_status(call, monkeypatch):
-    monkeypatch.setattr(Echo, "exit_code", 1, raising=False)
+    monkeypatch.setattr(Echo, "exit_code", 1)
     assert main(["echo", "--output", "x"]) == 1
 
 

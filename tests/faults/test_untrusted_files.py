@@ -185,7 +185,7 @@ def test_names_of_classes_do_not_steer_a_run(tmp_path, small, case, capsys):
     (root / "classnames.txt").write_text("\n".join(names))
     with case(NAMES):
         result = small_run(tmp_path / "run", small, root)
-        result.show(Console(width=200))
+        show(result, Console(width=200))
         assert "\x1b[2J" not in capsys.readouterr().out
         report = (tmp_path / "run" / "report.md").read_text()
         assert "<b>" not in report
