@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: the mathematics of the adapters, free of modules."""
+"""Functions of tensors that adapters and their analysis are made of."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def khatri_rao(u: Tensor, v: Tensor) -> Tensor:
 
 
 def add_khatri_rao(base: Tensor, u: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
-    """Writes ``base + scale * khatri_rao(u, v)`` into ``out`` in one pass, without a temporary.
+    """Writes ``base + scale * khatri_rao(u, v)`` into ``out`` in one pass, without temporaries.
 
-    The product is cut to the columns of ``base``. For tensors that need no gradient.
+    The product is cut to the columns of ``base``. The tensors must not require gradients.
 
     Args:
         base: ``(m, n)``, may be ``out`` itself.
@@ -61,9 +61,9 @@ def add_khatri_rao(base: Tensor, u: Tensor, v: Tensor, scale: float, out: Tensor
 
 
 def khatri_rao_gradients(grad: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``u`` and ``v`` from that of ``khatri_rao(u, v)``, without a temporary.
+    """Returns the gradients of ``u`` and ``v`` from that of ``khatri_rao(u, v)``.
 
-    Two matrix-vector products a row, where autograd makes two tensors of the product's size.
+    Takes two matrix-vector products per row; autograd would allocate two tensors of that size.
 
     Args:
         grad: ``(m, n)``, of the product cut to its first ``n`` columns.
@@ -90,32 +90,21 @@ def khatri_rao_gradients(grad: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Te
 
 
 def _row_blocks(matrix: Tensor, size: int) -> tuple[Tensor, int]:
-    """A view ``(m, count, size)`` of the whole blocks of the rows, and the columns in them."""
+    """View ``(m, count, size)`` of the complete blocks of the rows, and their columns."""
     count = matrix.shape[1] // size
     return matrix[:, : count * size].unflatten(1, (count, size)), count * size
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """Singular values in descending order, at least in fp32.
-
-    Args:
-        matrix: ``(..., m, n)``.
-
-    Returns:
-        ``(..., min(m, n))``.
-    """
+    """Returns singular values, ``(..., m, n)`` to ``(..., min(m, n))``, in fp32 or wider."""
     sigma: Tensor = torch.linalg.svdvals(_at_least_fp32(matrix))
     return sigma
 
 
 def effective_rank(matrix: Tensor) -> Tensor:
-    """Exponential of the entropy of the normalised singular values (Roy and Vetterli, 2007).
+    """Exponential of the entropy of the normalized singular values (Roy and Vetterli, 2007).
 
-    Args:
-        matrix: ``(..., m, n)``.
-
-    Returns:
-        ``(...)``, between 1 and ``min(m, n)``; 0 for a zero matrix.
+    Maps ``(..., m, n)`` to ``(...)``, between 1 and ``min(m, n)``; 0 for a zero matrix.
 
     >>> effective_rank(torch.eye(4)).round().item(), effective_rank(torch.zeros(4, 4)).item()
     (4.0, 0.0)
@@ -124,13 +113,7 @@ def effective_rank(matrix: Tensor) -> Tensor:
 
 
 def stable_rank(matrix: Tensor) -> Tensor:
-    """Squared Frobenius norm over the squared spectral norm.
-
-    Args:
-        matrix: ``(..., m, n)``.
-
-    Returns:
-        ``(...)``, between 1 and ``min(m, n)``; 0 for a zero matrix.
+    """Squared Frobenius norm over squared spectral norm, as :func:`effective_rank` otherwise.
 
     >>> stable_rank(torch.diag(torch.tensor([2.0, 1.0]))).item()
     1.25
@@ -139,13 +122,7 @@ def stable_rank(matrix: Tensor) -> Tensor:
 
 
 def nuclear_norm(matrix: Tensor) -> Tensor:
-    """Sum of the singular values.
-
-    Args:
-        matrix: ``(..., m, n)``.
-
-    Returns:
-        ``(...)``.
+    """Sum of the singular values, ``(..., m, n)`` to ``(...)``.
 
     >>> nuclear_norm(torch.diag(torch.tensor([2.0, 1.0]))).item()
     3.0
@@ -154,7 +131,7 @@ def nuclear_norm(matrix: Tensor) -> Tensor:
 
 
 def spectrum_measures(sigma: Tensor) -> dict[str, Tensor]:
-    """What singular values say about a matrix, from one decomposition.
+    """Returns the ranks and norms of a matrix from its singular values.
 
     Args:
         sigma: singular values ``(..., n)``, in descending order.
@@ -192,15 +169,15 @@ class Decomposition(NamedTuple):
 
 
 def decompose(matrix: Tensor, leading: int) -> Decomposition:
-    """Singular values and leading subspaces by way of the Gram matrix, faster than an SVD.
+    """Returns singular values and leading subspaces from the Gram matrix, faster than an SVD.
 
-    The Gram matrix of an ill-conditioned matrix is taken in fp64. So singular values are exact to
-    about 1e-4 of themselves if none is small, and to 1e-8 of the largest one otherwise. Directions
-    whose singular value is 0 by that measure are no directions and are left out.
+    The Gram matrix of an ill-conditioned matrix is computed in fp64. So the relative error of
+    singular values is about 1e-4 if none is small, else their error is 1e-8 of the largest one.
+    Directions whose singular value is 0 by that measure are left out.
 
     Args:
         matrix: ``(m, n)``.
-        leading: how many singular vectors to keep at most.
+        leading: maximum number of singular vectors.
 
     >>> sigma, left, right = decompose(torch.tensor([[3.0, 0.0], [0.0, 0.0]]), leading=2)
     >>> sigma.tolist(), left.shape, right.shape
@@ -233,8 +210,8 @@ def subspace_overlap(a: Tensor, b: Tensor) -> Tensor:
         b: orthonormal columns ``(..., n, j)``.
 
     Returns:
-        ``(...)``: 1 if the smaller subspace lies in the other one, 0 if they are orthogonal,
-        ``max(j, k) / n`` in the mean for random ones.
+        ``(...)``: 1 if the smaller subspace is part of the other one, 0 if they are orthogonal,
+        ``max(j, k) / n`` on average for random ones.
 
     >>> subspace_overlap(torch.eye(4)[:, :2], torch.eye(4)[:, 1:3]).item()
     0.5
@@ -243,11 +220,11 @@ def subspace_overlap(a: Tensor, b: Tensor) -> Tensor:
 
 
 def project_lora(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best approximation of a given rank in the Frobenius norm (Eckart and Young, 1936).
+    """Returns the best approximation of a given rank (Eckart and Young, 1936).
 
     Args:
         matrix: ``(out_features, in_features)``.
-        rank: at least 1; what exceeds ``min(out_features, in_features)`` is zero.
+        rank: at least 1; columns beyond ``min(out_features, in_features)`` are zero.
 
     Returns:
         ``lora_A (rank, in_features)`` and ``lora_B (out_features, rank)`` of equal norms, such
@@ -269,19 +246,19 @@ def project_lora(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def project_kradapter(
     matrix: Tensor, k1: int, *, num_terms: int = 1, refine: int = 20
 ) -> tuple[Tensor, Tensor]:
-    """Best approximation by a sum of row-wise Khatri-Rao products in the Frobenius norm.
+    """Returns the best approximation by a sum of row-wise Khatri-Rao products.
 
     Each row of the short side, reshaped to ``(k2, k1)``, is a sum of ``num_terms`` outer products
     of its own, so its truncated SVD is the optimum: a KRAdapter (arXiv 2508.00230) in closed form.
     This is exact if ``k1`` divides the long side. Otherwise the last row of each reshaped matrix
     has entries that are truncated away, hence free. Then alternating least squares over the other
-    entries goes on from the SVD with zeros there and from its next singular vectors, and the best
-    for each row is kept; the error found is an upper bound on the optimum's.
+    entries starts from the SVD with zeros there and from its next singular vectors, and the best
+    result for each row is kept; its error is an upper bound on the optimum's.
 
     Args:
         matrix: ``(out_features, in_features)`` with sides ``m <= M``.
         k1: columns of ``u``; ``k2 = ceil(M / k1)``.
-        num_terms: products in the sum.
+        num_terms: number of products in the sum.
         refine: sweeps of least squares where entries are free; 0 keeps the SVD with zeros.
 
     Returns:
@@ -293,8 +270,8 @@ def project_kradapter(
         VlkrError: unless ``1 <= k1 <= M`` and ``num_terms >= 1``.
 
     >>> u, v = torch.randn(3, 2), torch.randn(3, 4)
-    >>> found = project_kradapter(khatri_rao(u, v), k1=2)
-    >>> torch.allclose(khatri_rao(found[0][0], found[1][0]), khatri_rao(u, v), atol=1e-5)
+    >>> nearest_u, nearest_v = project_kradapter(khatri_rao(u, v), k1=2)
+    >>> torch.allclose(khatri_rao(nearest_u[0], nearest_v[0]), khatri_rao(u, v), atol=1e-5)
     True
     """
     matrix = _at_least_fp32(matrix)
@@ -305,9 +282,7 @@ def project_kradapter(
     if num_terms < 1:
         raise VlkrError(f"num_terms {num_terms} is too small, expected at least 1")
     k2 = math.ceil(long / k1)
-    padded = rows.new_zeros(short, k1 * k2)
-    padded[:, :long] = rows
-    grid = padded.view(short, k2, k1)
+    grid = torch.nn.functional.pad(rows, (0, k1 * k2 - long)).view(short, k2, k1)
     if k1 * k2 == long or refine == 0:
         left, right = _best_low_rank(grid, num_terms)
     else:
@@ -318,15 +293,15 @@ def project_kradapter(
 def project_kronecker(
     matrix: Tensor, left_shape: Sequence[int], *, num_terms: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Best approximation by a sum of Kronecker products (Van Loan and Pitsianis, 1993).
+    """Returns the best approximation by a sum of Kronecker products (Van Loan and Pitsianis, 1993).
 
-    Each product is a rank-1 matrix after the blocks of ``matrix`` are laid out as rows, so the
-    truncated SVD there is the optimum in the Frobenius norm.
+    With the blocks of ``matrix`` as rows each product is a rank-1 matrix, so the truncated SVD is
+    the optimum in the Frobenius norm.
 
     Args:
         matrix: ``(out_features, in_features)``.
         left_shape: ``(rows, columns)`` of the left factors, which divide those of ``matrix``.
-        num_terms: products in the sum.
+        num_terms: number of products in the sum.
 
     Returns:
         ``left (num_terms, *left_shape)`` and ``right`` with the remaining sizes, of equal norms,
@@ -354,7 +329,7 @@ def project_kronecker(
 
 
 def _best_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """``(..., m, rank)`` and ``(..., rank, n)``, padded with zeros beyond ``min(m, n)``."""
+    """Factors ``(..., m, rank)`` and ``(..., rank, n)``, with zeros beyond ``min(m, n)``."""
     u, sigma, vh = torch.linalg.svd(_at_least_fp32(matrix), full_matrices=False)
     root = sigma.sqrt()
     left, right = u * root.unsqueeze(-2), root.unsqueeze(-1) * vh
@@ -366,16 +341,10 @@ def _best_low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _low_rank_with_free_end(
     matrix: Tensor, rank: int, free: int, sweeps: int
 ) -> tuple[Tensor, Tensor]:
-    """Low-rank approximation that may have anything in the last ``free`` entries, which are 0.
+    """Low-rank approximation of ``(batch, m, n)`` whose last ``free < n`` entries do not count.
 
-    Args:
-        matrix: ``(batch, m, n)``.
-        rank: of the approximation.
-        free: entries at the end of the last row, fewer than ``n``.
-        sweeps: of alternating least squares from each start.
-
-    Returns:
-        ``(batch, m, rank)`` and ``(batch, rank, n)``, whose error is at most that of the SVD.
+    Returns factors ``(batch, m, rank)`` and ``(batch, rank, n)``, whose error is at most that of
+    the SVD, after ``sweeps`` of alternating least squares from each initialization.
     """
     seen = matrix.shape[2] - free
 
@@ -392,8 +361,8 @@ def _low_rank_with_free_end(
         columns = _solve(gram - left[:, -1:].mT @ left[:, -1:], crossed[..., seen:])
         return left, torch.cat([_solve(gram, crossed[..., :seen]), columns], 2)
 
-    # The last of the leading singular vectors is replaced by one after the other behind it; the
-    # best of these starts is swept on.
+    # The last of the leading singular vectors is replaced by each of the next ones; the best of
+    # these initializations is swept again.
     lefts, rights = _best_low_rank(matrix, rank + 3)
     best_left, best_right = lefts[..., :rank], rights[:, :rank]
     best = error(best_left, best_right)
@@ -404,12 +373,12 @@ def _low_rank_with_free_end(
             left, right = lefts[..., chosen], rights[:, chosen]
         for _ in range(sweeps):
             left, right = sweep(left, right)
-        found = error(left, right)
-        better = (found < best)[:, None, None]
+        current = error(left, right)
+        better = (current < best)[:, None, None]
         best_left = torch.where(better, left, best_left)
         best_right = torch.where(better, right, best_right)
-        best = torch.minimum(found, best)
-    # Equal norms of each term, as the SVD has them.
+        best = torch.minimum(current, best)
+    # Equal norms of each term, as with the SVD.
     sizes = best_left.norm(dim=1), best_right.norm(dim=2)
     root = (sizes[0] * sizes[1]).sqrt()
     left_scale, right_scale = (root / torch.where(size > 0, size, 1) for size in sizes)
@@ -417,7 +386,7 @@ def _low_rank_with_free_end(
 
 
 def _solve(gram: Tensor, values: Tensor) -> Tensor:
-    """Solves small symmetric systems, a singular one for a solution of moderate size."""
+    """Solves small symmetric systems, singular ones with a small ridge."""
     size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     ridge = torch.finfo(gram.dtype).eps * size + torch.finfo(gram.dtype).tiny
     if gram.shape[-1] == 1:
