@@ -14,14 +14,12 @@ from vlkr.functional import (
     khatri_rao,
     khatri_rao_gradients,
     nuclear_norm,
-    project_kradapter,
-    project_kronecker,
-    project_lora,
     singular_values,
     spectrum_measures,
     stable_rank,
     subspace_overlap,
 )
+from vlkr.projections import project_kradapter, project_kronecker, project_lora
 
 SIZES = st.integers(1, 7)
 

@@ -138,7 +138,7 @@ def project(delta: Tensor, method: str, **options: Any) -> Adapter:
     """Returns the adapter whose update is nearest to ``delta`` in the Frobenius norm.
 
     For KRAdapter that is the truncated SVD of each row of the short side (see
-    :func:`vlkr.functional.project_kradapter`), for LoRA that of the matrix (Eckart and Young,
+    :func:`vlkr.projections.project_kradapter`), for LoRA that of the matrix (Eckart and Young,
     1936), for KronA that of the matrix of blocks (Van Loan and Pitsianis, 1993).
 
     Args:

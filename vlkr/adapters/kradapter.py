@@ -8,12 +8,8 @@ from torch import Tensor, nn
 
 from vlkr.adapters.base import Adapter
 from vlkr.errors import VlkrError
-from vlkr.functional import (
-    add_khatri_rao,
-    khatri_rao,
-    khatri_rao_gradients,
-    project_kradapter,
-)
+from vlkr.functional import add_khatri_rao, khatri_rao, khatri_rao_gradients
+from vlkr.projections import project_kradapter
 
 
 class KRAdapter(Adapter):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vlkr.adapters.base import Adapter
 from vlkr.errors import VlkrError
-from vlkr.functional import project_kronecker
+from vlkr.projections import project_kronecker
 
 
 class KronA(Adapter):

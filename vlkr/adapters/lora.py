@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vlkr.adapters.base import Adapter
 from vlkr.errors import VlkrError
-from vlkr.functional import project_lora
+from vlkr.projections import project_lora
 
 
 class LoRA(Adapter):

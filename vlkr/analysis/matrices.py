@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vlkr.errors import VlkrError
-from vlkr.functional import project_lora
+from vlkr.projections import project_lora
 
 #: makes a matrix ``(rows, columns)``
 Maker = Callable[[int, int, torch.Generator], Tensor]
