@@ -292,7 +292,8 @@ def test_decompose_is_numpys_svd(shape, scale, condition):
 
 
 def test_directions_without_a_singular_value_are_left_out():
-    sigma, left, right = decompose(torch.randn(6, 2) @ torch.randn(2, 5), leading=4)
+    a, b = torch.randint(-3, 4, (2, 6, 1)).float(), torch.randint(-3, 4, (2, 1, 5)).float()
+    sigma, left, right = decompose((a * b).sum(0), leading=4)  # exactly of rank 2
     assert (sigma > 0).tolist() == [True, True, False, False, False]
     assert (left.shape, right.shape) == ((6, 2), (5, 2))
 

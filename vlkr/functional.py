@@ -1,4 +1,4 @@
-"""Tensors in, tensors out: the mathematics of the adapters, free of modules."""
+"""Functions of tensors that adapters and their analysis are made of."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def khatri_rao(u: Tensor, v: Tensor) -> Tensor:
 
 
 def add_khatri_rao(base: Tensor, u: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
-    """Writes ``base + scale * khatri_rao(u, v)`` into ``out`` in one pass, without a temporary.
+    """Writes ``base + scale * khatri_rao(u, v)`` into ``out`` in one pass, without temporaries.
 
-    The product is cut to the columns of ``base``. For tensors that need no gradient.
+    The product is cut to the columns of ``base``. The tensors must not require gradients.
 
     Args:
         base: ``(m, n)``, may be ``out`` itself.
@@ -57,9 +57,9 @@ def add_khatri_rao(base: Tensor, u: Tensor, v: Tensor, scale: float, out: Tensor
 
 
 def khatri_rao_gradients(grad: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``u`` and ``v`` from that of ``khatri_rao(u, v)``, without a temporary.
+    """Returns the gradients of ``u`` and ``v`` from that of ``khatri_rao(u, v)``.
 
-    Two matrix-vector products a row, where autograd makes two tensors of the product's size.
+    Takes two matrix-vector products per row; autograd would allocate two tensors of that size.
 
     Args:
         grad: ``(m, n)``, of the product cut to its first ``n`` columns.
@@ -86,26 +86,19 @@ def khatri_rao_gradients(grad: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Te
 
 
 def _row_blocks(matrix: Tensor, size: int) -> tuple[Tensor, int]:
-    """A view ``(m, count, size)`` of the whole blocks of the rows, and the columns in them."""
+    """View ``(m, count, size)`` of the complete blocks of the rows, and their columns."""
     count = matrix.shape[1] // size
     return matrix[:, : count * size].unflatten(1, (count, size)), count * size
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """Singular values in descending order, at least in fp32.
-
-    Args:
-        matrix: ``(..., m, n)``.
-
-    Returns:
-        ``(..., min(m, n))``.
-    """
+    """Returns singular values, ``(..., m, n)`` to ``(..., min(m, n))``, in fp32 or wider."""
     sigma: Tensor = torch.linalg.svdvals(at_least_fp32(matrix))
     return sigma
 
 
 def effective_rank(matrix: Tensor) -> Tensor:
-    """Exponential of the entropy of the normalised singular values (Roy and Vetterli, 2007).
+    """Exponential of the entropy of the normalized singular values (Roy and Vetterli, 2007).
 
     Args:
         matrix: ``(..., m, n)``.
@@ -150,7 +143,7 @@ def nuclear_norm(matrix: Tensor) -> Tensor:
 
 
 def spectrum_measures(sigma: Tensor) -> dict[str, Tensor]:
-    """What singular values say about a matrix, from one decomposition.
+    """Returns the ranks and norms of a matrix from its singular values.
 
     Args:
         sigma: singular values ``(..., n)``, in descending order.
@@ -188,15 +181,15 @@ class Decomposition(NamedTuple):
 
 
 def decompose(matrix: Tensor, leading: int) -> Decomposition:
-    """Singular values and leading subspaces by way of the Gram matrix, faster than an SVD.
+    """Returns singular values and leading subspaces from the Gram matrix, faster than an SVD.
 
-    The Gram matrix of an ill-conditioned matrix is taken in fp64. So singular values are exact to
-    about 1e-4 of themselves if none is small, and to 1e-8 of the largest one otherwise. Directions
-    whose singular value is 0 by that measure are no directions and are left out.
+    The Gram matrix of an ill-conditioned matrix is computed in fp64. So the relative error of
+    singular values is about 1e-4 if none is small, else their error is 1e-8 of the largest one.
+    Directions whose singular value is 0 by that measure are left out.
 
     Args:
         matrix: ``(m, n)``.
-        leading: how many singular vectors to keep at most.
+        leading: maximum number of singular vectors.
 
     >>> sigma, left, right = decompose(torch.tensor([[3.0, 0.0], [0.0, 0.0]]), leading=2)
     >>> sigma.tolist(), left.shape, right.shape
@@ -229,8 +222,8 @@ def subspace_overlap(a: Tensor, b: Tensor) -> Tensor:
         b: orthonormal columns ``(..., n, j)``.
 
     Returns:
-        ``(...)``: 1 if the smaller subspace lies in the other one, 0 if they are orthogonal,
-        ``max(j, k) / n`` in the mean for random ones.
+        ``(...)``: 1 if the smaller subspace is part of the other one, 0 if they are orthogonal,
+        ``max(j, k) / n`` on average for random ones.
 
     >>> subspace_overlap(torch.eye(4)[:, :2], torch.eye(4)[:, 1:3]).item()
     0.5

@@ -17,7 +17,7 @@ def project_lora(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Args:
         matrix: ``(out_features, in_features)``.
-        rank: at least 1; what exceeds ``min(out_features, in_features)`` is zero.
+        rank: at least 1; columns beyond ``min(out_features, in_features)`` are zero.
 
     Returns:
         ``lora_A (rank, in_features)`` and ``lora_B (out_features, rank)`` of equal norms, such
@@ -51,7 +51,7 @@ def project_kradapter(
     Args:
         matrix: ``(out_features, in_features)`` with sides ``m <= M``.
         k1: columns of ``u``; ``k2 = ceil(M / k1)``.
-        num_terms: products in the sum.
+        num_terms: number of products in the sum.
         refine: sweeps of least squares where entries are free; 0 keeps the SVD with zeros.
 
     Returns:
@@ -76,9 +76,7 @@ def project_kradapter(
     if num_terms < 1:
         raise VlkrError(f"num_terms {num_terms} is too small, expected at least 1")
     k2 = math.ceil(long / k1)
-    padded = rows.new_zeros(short, k1 * k2)
-    padded[:, :long] = rows
-    grid = padded.view(short, k2, k1)
+    grid = torch.nn.functional.pad(rows, (0, k1 * k2 - long)).view(short, k2, k1)
     if k1 * k2 == long or refine == 0:
         left, right = _best_low_rank(grid, num_terms)
     else:
@@ -97,7 +95,7 @@ def project_kronecker(
     Args:
         matrix: ``(out_features, in_features)``.
         left_shape: ``(rows, columns)`` of the left factors, which divide those of ``matrix``.
-        num_terms: products in the sum.
+        num_terms: number of products in the sum.
 
     Returns:
         ``left (num_terms, *left_shape)`` and ``right`` with the remaining sizes, of equal norms,
@@ -179,7 +177,7 @@ def _low_rank_with_free_end(
         best_left = torch.where(better, left, best_left)
         best_right = torch.where(better, right, best_right)
         best = torch.minimum(current, best)
-    # Equal norms of each term, as the SVD has them.
+    # Equal norms of each term, as with the SVD.
     sizes = best_left.norm(dim=1), best_right.norm(dim=2)
     root = (sizes[0] * sizes[1]).sqrt()
     left_scale, right_scale = (root / torch.where(size > 0, size, 1) for size in sizes)
@@ -187,7 +185,7 @@ def _low_rank_with_free_end(
 
 
 def _solve(gram: Tensor, values: Tensor) -> Tensor:
-    """Solves small symmetric systems, a singular one for a solution of moderate size."""
+    """Solves small symmetric systems, singular ones with a small ridge."""
     size = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     ridge = torch.finfo(gram.dtype).eps * size + torch.finfo(gram.dtype).tiny
     if gram.shape[-1] == 1:

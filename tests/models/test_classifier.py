@@ -25,7 +25,7 @@ def test_classes_by_name_in_the_order_asked_for():
 
 
 def test_a_class_that_was_not_learnt():
-    with pytest.raises(VlkrError, match=r"class 'horse' was not learnt.*cat, dog, guitar$"):
+    with pytest.raises(VlkrError, match=r"class 'horse' was not learned.*cat, dog, guitar$"):
         ClassHead(NAMES, 5)(["cat", "horse"])
 
 

@@ -96,7 +96,7 @@ def test_resumed_run_ends_as_an_unbroken_one(tmp_path, vit, colors, run, monkeyp
 def test_what_a_model_without_text_cannot_classify_is_refused(run, vit, colors, tmp_path):
     other = write_images(tmp_path / "other", names=("red", "green"))
     (other / "green").rename(other / "grass")
-    with pytest.raises(VlkrError, match="class 'grass' was not learnt"):
+    with pytest.raises(VlkrError, match="class 'grass' was not learned"):
         evaluate(run=run.output, datasets=[str(other)])
     with pytest.raises(VlkrError, match="no classes before it is adapted"):
         evaluate(model=vit, datasets=[str(colors)])

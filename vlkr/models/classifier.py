@@ -1,4 +1,4 @@
-"""What tells the classes apart: the text tower's embeddings, or ones learnt from images."""
+"""Class embeddings that are learned from images."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from vlkr.files import atomic_file
 
 
 class ClassHead(nn.Module):
-    """Class embeddings of a model without text, learnt from images.
+    """Cosine classifier of a model without text.
 
-    A cosine classifier; it starts from the classes' mean features, as in prototypical networks
-    (Snell et al., 2017), and is trained with the adapters.
+    It is initialized to the classes' mean features, as in prototypical networks (Snell et al.,
+    2017), and trained with the adapters.
 
     Args:
-        class_names: one a class.
-        embed_dim: of the image features.
+        class_names: one per class.
+        embed_dim: size of the image features.
 
     Attributes:
         weight: ``(num_classes, embed_dim)``, of any length.
@@ -36,10 +36,10 @@ class ClassHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(len(class_names), embed_dim))
 
     def forward(self, class_names: Sequence[str] | None = None) -> Tensor:
-        """Normalised embeddings ``(num_classes, embed_dim)``, of all classes or those named.
+        """Returns normalized embeddings ``(num_classes, embed_dim)`` of all classes or those named.
 
         Raises:
-            VlkrError: for a class that was not learnt.
+            VlkrError: for a class that was not learned.
         """
         embeddings = F.normalize(self.weight, dim=-1)
         if class_names is None or tuple(class_names) == self.class_names:
@@ -47,7 +47,7 @@ class ClassHead(nn.Module):
         for name in class_names:
             if name not in self.class_names:
                 raise VlkrError(
-                    f"class {name!r} was not learnt, and a model without text knows no other than "
+                    f"class {name!r} was not learned, and a model without text knows only "
                     f"{', '.join(self.class_names[:5])}{', ...' * (len(self.class_names) > 5)}"
                 )
         return embeddings[[self.class_names.index(name) for name in class_names]]
@@ -57,7 +57,7 @@ class ClassHead(nn.Module):
         """Sets each class's embedding to the mean feature of its images.
 
         Args:
-            features: batches of normalised features ``(batch, embed_dim)`` and labels ``(batch)``.
+            features: batches of normalized features ``(batch, embed_dim)`` and labels ``(batch)``.
         """
         total = torch.zeros_like(self.weight)
         for batch, labels in features:

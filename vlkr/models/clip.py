@@ -1,4 +1,4 @@
-"""CLIP models by name, from open_clip. The only file that touches it."""
+"""CLIP models from open_clip; no other module of the package imports it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _LOAD_ERRORS = (
 
 @dataclass
 class ClipBundle:
-    """A CLIP model with all that belongs to it.
+    """A CLIP model with its tokenizer and preprocessing.
 
     Attributes:
         model: the open_clip model, in eval mode, fp32.
@@ -48,10 +48,10 @@ class ClipBundle:
         preprocess: maps a PIL image to ``(3, size, size)``, open_clip's evaluation transform.
         preprocess_cfg: size, mean, std, interpolation and resize mode of that transform.
         model_cfg: open_clip's configuration of the architecture, as built.
-        name: the model's name, as the user gave it.
-        pretrained: open_clip's tag, or the weights' path; None where the name says it all.
+        name: name of the model, as the user gave it.
+        pretrained: open_clip's tag, or the weights' path; None if the name is enough.
         weights_hash: SHA-256 of the weights as loaded.
-        head: the class embeddings of a model without text, once they are learnt.
+        head: class embeddings of a model without text, once they are learned.
     """
 
     model: nn.Module
@@ -66,12 +66,12 @@ class ClipBundle:
 
     @property
     def has_text(self) -> bool:
-        """Whether the model has a text tower, so that class names make a classifier."""
+        """Whether the model has a text tower, which makes class names a classifier."""
         return hasattr(self.model, "encode_text")
 
     @property
     def label(self) -> str:
-        """Name, tag and the hash's first digits, for captions."""
+        """Name, tag and first digits of the hash, for captions."""
         tag = f"/{Path(self.pretrained).name}" if self.pretrained else ""
         return f"{self.name}{tag} (weights {self.weights_hash[:12]})"
 
@@ -80,10 +80,10 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipBundle:
     """Loads a CLIP model.
 
     Args:
-        name: ``"tiny"`` (the model that ships), an open_clip architecture such as ``"ViT-B-32"``,
+        name: ``"tiny"`` (the bundled model), an open_clip architecture such as ``"ViT-B-32"``,
             ``"hf-hub:org/repo"``, ``"local-dir:/path"``, or the path of a folder that holds
             ``open_clip_config.json``.
-        pretrained: open_clip's tag or a path of weights; needed with an architecture's name only.
+        pretrained: open_clip's tag or a path of weights; only needed for an architecture's name.
 
     Returns:
         The model in fp32 on the CPU, and what belongs to it.
@@ -123,10 +123,10 @@ def load_clip(name: str, pretrained: str | None = None) -> ClipBundle:
 
 
 def clip_shapes(name: str) -> nn.Module:
-    """The architecture of a CLIP model without its weights, on the meta device.
+    """Returns the architecture of a CLIP model without its weights, on the meta device.
 
     Raises:
-        VlkrError: if it is unknown, or known to the hub alone.
+        VlkrError: if it is unknown, or known only to the hub.
     """
     source = model_source(name)
     if source.startswith("hf-hub:"):
@@ -184,7 +184,7 @@ def save_open_clip_folder(bundle: ClipBundle, folder: Path, tensors: dict[str, T
     """Writes ``open_clip_config.json`` and ``open_clip_model.safetensors`` into ``folder``.
 
     Args:
-        bundle: whose architecture and preprocessing are written.
+        bundle: its architecture and preprocessing are written.
         folder: an existing folder.
         tensors: the state dict, by open_clip's keys.
     """
@@ -214,10 +214,10 @@ def save_tokenizer(bundle: ClipBundle, folder: Path) -> bool:
 
 
 def clip_bpe(bundle: ClipBundle) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges, in order, of CLIP's own byte-pair encoding.
+    """Returns vocabulary and ordered merges of CLIP's own byte-pair encoding.
 
     Raises:
-        VlkrError: if the model has another tokenizer.
+        VlkrError: if the model has a different tokenizer.
     """
     tokenizer = bundle.tokenizer
     plain = open_clip.SimpleTokenizer(context_length=getattr(tokenizer, "context_length", None))
@@ -232,7 +232,7 @@ def clip_bpe(bundle: ClipBundle) -> tuple[dict[str, int], list[tuple[str, str]]]
 
 
 def evaluation_transform(preprocess_cfg: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
-    """open_clip's evaluation transform, PIL image to ``(3, height, width)``."""
+    """Returns open_clip's evaluation transform, PIL image to ``(3, height, width)``."""
     cfg = open_clip.transform.PreprocessCfg(**preprocess_cfg)
     transform: Callable[[Image.Image], Tensor] = open_clip.transform.image_transform_v2(
         cfg, is_train=False
@@ -241,7 +241,7 @@ def evaluation_transform(preprocess_cfg: dict[str, Any]) -> Callable[[Image.Imag
 
 
 def hub_repository(name: str, pretrained: str | None) -> str | None:
-    """``org/repo`` on the hub where a model's weights come from, None if they come from elsewhere.
+    """Returns the ``org/repo`` of a model's weights on the hub, None for local weights.
 
     Args:
         name: as :func:`load_clip` takes it.
@@ -257,19 +257,19 @@ def hub_repository(name: str, pretrained: str | None) -> str | None:
 
 
 def image_size(bundle: ClipBundle) -> tuple[int, int]:
-    """Height and width of the images that the model takes."""
+    """Returns height and width of the images that the model takes."""
     size = bundle.preprocess_cfg["size"]
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def encode_image(model: nn.Module, images: Tensor) -> Tensor:
-    """Normalised image features, ``(batch, 3, height, width)`` to ``(batch, embed_dim)``."""
+    """Maps images ``(batch, 3, height, width)`` to normalized features ``(batch, embed_dim)``."""
     features: Tensor = model.encode_image(images, normalize=True)  # type: ignore[operator]
     return features
 
 
 def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Normalised text features, ``(num_texts, context_length)`` to ``(num_texts, embed_dim)``."""
+    """Maps tokens ``(texts, context_length)`` to normalized features ``(texts, embed_dim)``."""
     length = _seen_length(model, tokens)
     tower = model if length == tokens.shape[1] else _shortened(model, length)
     features: Tensor = tower.encode_text(  # type: ignore[operator]
@@ -279,15 +279,15 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def _text_owner(model: nn.Module) -> nn.Module:
-    """The module that holds the text tower's positions and mask."""
+    """Returns the module that holds the text tower's positions and mask."""
     text = getattr(model, "text", None)
     return text if isinstance(text, nn.Module) else model
 
 
 def _seen_length(model: nn.Module, tokens: Tensor) -> int:
-    """How many tokens the text features depend on.
+    """Returns how many tokens the text features depend on.
 
-    A causal tower that pools at the end token sees nothing behind it, so that the padding can be
+    In a causal tower that pools at the end token, the padding after it has no effect and can be
     cut off exactly; other towers see all of it.
     """
     owner = _text_owner(model)
@@ -316,6 +316,6 @@ def _shortened(model: nn.Module, length: int) -> nn.Module:
 
 
 def logit_scale(model: nn.Module) -> Tensor:
-    """The factor of the cosine similarities, ``exp`` of the stored logarithm; a scalar."""
+    """Returns the scale of the cosine similarities, ``exp`` of the stored logarithm; a scalar."""
     scale: Tensor = model.logit_scale  # type: ignore[assignment]
     return scale.exp().squeeze()

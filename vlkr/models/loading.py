@@ -24,13 +24,13 @@ def load_model(name: str, pretrained: str | None = None) -> ClipBundle:
 
 
 def load_shapes(name: str) -> nn.Module:
-    """The architecture alone, without weights and on the meta device: to count with.
+    """Returns the architecture without weights, on the meta device, to count parameters with.
 
     Args:
         name: as for :func:`load_model`.
 
     Raises:
-        VlkrError: for a model that is unknown, or known to the hub alone.
+        VlkrError: for a model that is unknown, or known only to the hub.
     """
     if is_timm(name):
         from vlkr.models.timm import vit_shapes

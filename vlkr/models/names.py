@@ -1,4 +1,4 @@
-"""Names of models, and where they come from."""
+"""Names of models, resolved without importing their libraries."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ TINY = "tiny"
 
 
 def is_timm(name: str) -> bool:
-    """Whether a name is that of a timm model, an image encoder without text: ``timm:NAME``."""
+    """Returns whether a name is that of a timm image encoder, ``timm:NAME``."""
     return name.startswith("timm:")
 
 
 def absolute_names(name: str, pretrained: str | None) -> tuple[str, str | None]:
-    """The same model and weights, with paths that hold from any working folder."""
+    """Returns the names of the same model and weights with absolute paths."""
     source = model_source(name)
     folder = name.partition("timm:local-dir:")[2]
     if folder:
@@ -28,7 +28,7 @@ def absolute_names(name: str, pretrained: str | None) -> tuple[str, str | None]:
 
 
 def model_source(name: str) -> str:
-    """The name as open_clip takes it."""
+    """Returns the name as open_clip takes it."""
     if name == TINY:
         return f"local-dir:{resource('models/tiny_clip')}"
     if name.startswith("local-dir:"):

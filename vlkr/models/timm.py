@@ -1,4 +1,4 @@
-"""Image encoders without text, from timm. The only file that touches it."""
+"""Image encoders without text from timm; no other module of the package imports it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from vlkr.errors import VlkrError
 from vlkr.models.clip import ClipBundle
 
 PREFIX = "timm:"
-# CLIP's at the start of its training (Radford et al., 2021, section 2.5).
+# CLIP's initial value (Radford et al., 2021, section 2.5).
 _LOGIT_SCALE = math.log(1 / 0.07)
 _RESIZE_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
 
 
 class ImageEncoder(nn.Module):
-    """A timm model in the place of CLIP's image tower.
+    """A timm model in place of CLIP's image tower.
 
     Args:
         visual: maps images to pooled features ``(batch, num_features)``.
@@ -54,11 +54,11 @@ def load_vit(name: str, pretrained: str | None = None) -> ClipBundle:
         pretrained: a path of weights; timm's own (from the hub or the folder) if there is none.
 
     Returns:
-        A bundle without a text tower. Its classes are learnt from images, see
+        A bundle without a text tower. Its classes are learned from images, see
         :class:`~vlkr.models.classifier.ClassHead`.
 
     Raises:
-        VlkrError: for an unknown name, or weights that cannot be had or do not fit.
+        VlkrError: for an unknown name, or weights that are not available or do not fit.
     """
     own = name.removeprefix(PREFIX)
     _check_names(own, pretrained)
@@ -92,10 +92,10 @@ def _no_tokenizer(texts: list[str]) -> Tensor:
 
 
 def vit_shapes(name: str) -> nn.Module:
-    """The architecture of a timm model without its weights, on the meta device.
+    """Returns the architecture of a timm model without its weights, on the meta device.
 
     Raises:
-        VlkrError: if it is unknown, or known to a folder or the hub alone.
+        VlkrError: if it is unknown, or known only to a folder or the hub.
     """
     own = name.removeprefix(PREFIX)
     _check_names(own, None)
@@ -106,7 +106,7 @@ def vit_shapes(name: str) -> nn.Module:
 
 
 def _preprocess_cfg(config: dict[str, Any]) -> dict[str, Any]:
-    """The data configuration of timm by open_clip's names, beside timm's crop."""
+    """Returns timm's data configuration by open_clip's names, with timm's crop."""
     return {
         "size": tuple(config["input_size"][1:]),
         "mean": tuple(config["mean"]),

@@ -15,12 +15,12 @@ from vlkr.models.clip import encode_text
 def tokenize_prompts(
     tokenizer: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str]
 ) -> Tensor:
-    """Token ids of every template filled with every class name.
+    """Returns the token ids of every template filled with every class name.
 
     Args:
-        tokenizer: of the model.
-        class_names: one a class.
-        templates: with the placeholder ``{c}``.
+        tokenizer: tokenizer of the model.
+        class_names: one per class.
+        templates: prompt templates with the placeholder ``{c}``.
 
     Returns:
         ``(num_classes, num_templates, context_length)``.
@@ -31,15 +31,15 @@ def tokenize_prompts(
 
 
 def class_embeddings(model: nn.Module, prompts: Tensor, chunk: int | None = None) -> Tensor:
-    """The zero-shot classifier: each class's mean normalised text feature, normalised again.
+    """Returns the zero-shot classifier: the normalized mean of each class's normalized features.
 
-    As in CLIP (Radford et al., 2021, section 3.1.4). Classes with the same prompts are encoded
-    once, and so is a text that classes encoded together share.
+    As in CLIP (Radford et al., 2021, section 3.1.4). Classes with equal prompts are encoded once,
+    and so are texts that several classes of a chunk share.
 
     Args:
         model: a CLIP model.
         prompts: ``(num_classes, num_templates, context_length)`` token ids.
-        chunk: texts encoded at a time, which bounds memory; None for all at once.
+        chunk: maximum number of texts encoded at a time, which bounds memory; None for all.
 
     Returns:
         ``(num_classes, embed_dim)``.
