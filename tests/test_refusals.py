@@ -35,8 +35,8 @@ def refused(arguments, capsys):
 
 EVALUATE, ADAPT = "evaluate --model tiny", "adapt --output x"
 OPTIONS = [
-    ("frobnicate", 'unknown command "frobnicate"'),
-    ("data pakc --help", 'unknown command "pakc". Did you mean "pack"? Available commands: pack'),
+    ("frobnicate", "unknown command 'frobnicate' (known: demo, adapt"),
+    ("data pakc --help", "unknown command 'data pakc'; did you mean data pack? (known: data pack"),
     ("adapt", "--output requires an argument"),
     ("adapt --output", "--output requires an argument"),
     (f"{ADAPT} y", "unexpected argument 'y'"),

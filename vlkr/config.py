@@ -50,7 +50,7 @@ class OptimizerConfig:
     """
 
     # A step of AdamW beyond 1e30 is not an fp32 number.
-    lr: Annotated[float, Field(gt=0, le=1e30)] = 1e-3
+    lr: Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)] = 1e-3
     weight_decay: _Finite = 0.1
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     grad_clip: _Finite = 1.0

@@ -23,6 +23,7 @@ from cyclopts import (
     App,
     CycloptsError,
     Parameter,
+    UnknownCommandError,
     UnknownOptionError,
     UnusedCliTokensError,
     ValidationError,
@@ -243,6 +244,11 @@ def _shown_default(value: Any) -> str | None:
 
 def _explain(error: CycloptsError) -> str:
     """Returns the parser's complaint in one line, with the nearest option."""
+    if isinstance(error, UnknownCommandError):
+        word = " ".join([*(error.command_chain or ()), (error.unused_tokens or [""])[0]])
+        group = word.rpartition(" ")[0]
+        known = [name for name in COMMANDS if name.startswith(group and f"{group} ")]
+        return f"unknown command {word!r}{_nearest(word, known)} (known: {', '.join(known)})"
     if isinstance(error, UnusedCliTokensError):
         return f"unexpected argument {(error.unused_tokens or [''])[0]!r}"
     if isinstance(error, UnknownOptionError):
