@@ -210,7 +210,7 @@ def test_adapter_that_the_model_does_not_use_is_reported(tmp_path, small, colors
         ({"adapter": AdapterConfig(towers=["vision"])}, "unknown tower 'vision'"),
         ({"adapter": AdapterConfig(blocks=[7])}, "block 7 is out of range"),
         ({"adapter": AdapterConfig("lora", match="zz")}, "unknown adapter 'zz'"),
-        ({"optimizer": OptimizerConfig(lr=float("nan"))}, r"optimizer\.lr is nan: it should be a finite"),
+        ({"optimizer": OptimizerConfig(lr=float("nan"))}, r"optimizer\.lr is nan: it should be"),
         ({"optimizer": OptimizerConfig(lr=0)}, r"optimizer\.lr is 0: .* greater than 0"),
         ({"optimizer": OptimizerConfig(weight_decay=-1)}, "weight_decay is -1: "),
         ({"optimizer": OptimizerConfig(warmup_steps=-1)}, "warmup_steps is -1: "),
