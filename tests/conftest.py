@@ -66,3 +66,29 @@ def _cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLKR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """Name of a small CLIP with random weights."""
+    from helpers import write_clip
+
+    return write_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="session")
+def colors(tmp_path_factory):
+    """Folder of images whose color tells their class."""
+    from helpers import write_images
+
+    return write_images(tmp_path_factory.mktemp("data") / "colors")
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, small, colors):
+    """A finished run folder."""
+    from helpers import small_run
+
+    output = tmp_path_factory.mktemp("runs") / "run"
+    small_run(output, small, colors)
+    return output

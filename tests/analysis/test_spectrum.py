@@ -196,7 +196,9 @@ def test_the_accuracy_drop_is_in_distribution_less_the_mean_of_shifts(monkeypatc
     found = spectrum([run, run, run], device="cpu")
     assert [r.accuracy_drop for r in found.runs] == pytest.approx([0.35] * 3)
     assert found.correlations == {}  # all runs are the same
-    assert all(r.accuracy_drop is None for r in spectrum([run, run, run], shifts=False).runs)
+    assert all(
+        r.accuracy_drop is None for r in spectrum([run, run, run], include_shifts=False).runs
+    )
 
 
 def test_a_dataset_without_shifts_has_no_drop(run):
@@ -216,8 +218,8 @@ def test_wrong_runs_are_named(run, tmp_path, small, colors):
 
 
 def test_a_scaled_adapter_has_a_scaled_spectrum(run, tmp_path):
-    interpolate(run, shifts=False, alphas=[0.25], save="0.25", output=tmp_path / "quarter")
-    whole, quarter = spectrum([run, tmp_path / "quarter"], shifts=False).runs
+    interpolate(run, include_shifts=False, alphas=[0.25], save="0.25", output=tmp_path / "quarter")
+    whole, quarter = spectrum([run, tmp_path / "quarter"], include_shifts=False).runs
     assert [whole.method, quarter.method] == ["kradapter scale=1.0", "kradapter scale=0.25"]
     for name in ("frobenius_norm", "ratio"):
         assert quarter.mean(name) == pytest.approx(0.25 * whole.mean(name), rel=1e-4)

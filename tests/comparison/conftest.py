@@ -1,5 +1,5 @@
 import pytest
-from helpers import COLORS, color_image, write_clip, write_images
+from helpers import COLORS, color_image, write_images
 
 from vlkr.config import OptimizerConfig, TrainerConfig
 from vlkr.datasets import DataConfig
@@ -8,11 +8,6 @@ from vlkr.datasets import DataConfig
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("VLKR_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    return write_clip(tmp_path_factory.mktemp("models") / "clip")
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def test_shifts_of_the_first_card_are_added_once(small):
         "digits-fonts",
         *(name for name in card["shifts"] if name != "digits-fonts"),
     ]
-    assert len(evaluate(model=small, shifts=False).results) == 1
+    assert len(evaluate(model=small, include_shifts=False).results) == 1
 
 
 def test_templates_can_be_replaced(small, colors, tmp_path):

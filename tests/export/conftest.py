@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import MODEL, ROOT, small_run, write_clip, write_images
+from helpers import MODEL, ROOT, small_run
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -32,18 +32,6 @@ def digit_images():
             Image.open(io.BytesIO(archive.extractfile(entry).read())).convert("RGB")
             for entry in entries
         ]
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """Name of a small CLIP with random weights."""
-    return write_clip(tmp_path_factory.mktemp("models") / "clip")
-
-
-@pytest.fixture(scope="session")
-def colors(tmp_path_factory):
-    """Folder of images whose color shows their class."""
-    return write_images(tmp_path_factory.mktemp("data") / "colors")
 
 
 @pytest.fixture(scope="session")

@@ -148,7 +148,7 @@ def test_large_weights_are_stored_beside_the_graph(run, tmp_path, monkeypatch):
 
 def test_alpha_scales_the_weight_update(run, base, tmp_path, exported):
     """Also that of a run that interpolation saved at a quarter of its strength."""
-    interpolate(run, shifts=False, alphas=[0.25], save="0.25", output=tmp_path / "quarter")
+    interpolate(run, include_shifts=False, alphas=[0.25], save="0.25", output=tmp_path / "quarter")
     adapted = merged(run).model.state_dict()
     quarter = exported(tmp_path / "quarter")
     for folder in (exported(run, alpha=0.25).folder, quarter.folder):

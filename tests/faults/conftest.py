@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 import pytest
 from faults.processes import Server
-from helpers import write_clip, write_images
 from hypothesis import HealthCheck, Phase, settings
 
 from vlkr.datasets import BadSample
@@ -129,18 +128,6 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("| {} | {} | {} | {} |".format(*row))
     for text in _figures:
         terminalreporter.write_line(f"- {text}")
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """Name of a small CLIP with random weights."""
-    return write_clip(tmp_path_factory.mktemp("models") / "clip")
-
-
-@pytest.fixture(scope="session")
-def colors(tmp_path_factory):
-    """Folder of images whose colour tells their class."""
-    return write_images(tmp_path_factory.mktemp("data") / "colors")
 
 
 @pytest.fixture(scope="session")

@@ -105,25 +105,7 @@ def approximate(
 ) -> Approximation:
     """Approximates matrices of known spectra by adapters, trained and in closed form.
 
-    Args:
-        targets: names of synthetic matrices, see :mod:`vlkr.analysis.matrices`.
-        methods: adapters, each with options such as ``kradapter:num_terms=2`` or ``lora:rank=8``.
-        weights: safetensors file or model whose weights are targets too; alone, the only ones.
-        pretrained: open_clip tag of that model.
-        tensor: name of the weight; by default the last text and visual ``in_proj_weight``.
-        protocol: ``authors`` takes the published script's targets, methods, sizes and unequal
-            budgets; weights are then cut to ``out_features`` x ``in_features`` and not scaled.
-        out_features: rows of the synthetic targets.
-        in_features: columns of the synthetic targets.
-        num_terms: the budget is a balanced KRAdapter's with this many products; the other methods
-            take the size that is nearest to it.
-        seeds: number of random seeds for targets and initial factors.
-        iterations: training iterations; 0 takes closed forms alone.
-        lr: AdamW learning rate; the default is the published one.
-        weight_decay: AdamW weight decay.
-        device: ``auto``, ``cpu``, ``cuda``, ...
-        output: folder for ``report.md``, ``results.json``, ``errors.png`` and ``spectra.png``.
-        force: allow a non-empty output folder.
+    The options are those of ``vlkr approximate``, whose help describes them.
 
     Raises:
         VlkrError: for an impossible target, method, size or weight.

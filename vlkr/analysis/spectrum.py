@@ -361,7 +361,7 @@ def _mean_curve(spectra: list[list[float]]) -> tuple[Any, Any]:
 
 def spectrum(
     run: list[Path],
-    shifts: bool = True,
+    include_shifts: bool = True,
     device: str = "auto",
     output: Path | None = None,
     force: bool = False,
@@ -370,7 +370,7 @@ def spectrum(
 
     Args:
         run: folders written by ``vlkr adapt``.
-        shifts: for three runs or more, also correlate the spectra with the accuracy drop.
+        include_shifts: for three runs or more, also correlate the spectra with the accuracy drop.
         device: where to evaluate.
         output: folder for ``spectrum.json``, ``report.md``, ``heatmap.png`` and ``curves.png``.
         force: allow a non-empty output folder.
@@ -390,7 +390,7 @@ def spectrum(
         if not runs[-1].layers:
             method = runs[-1].method
             raise VlkrError(f"{path} changed no weight: {method!r} adapts something else")
-    if shifts and len(runs) > 2:
+    if include_shifts and len(runs) > 2:
         for path, spectra in zip(run, runs, strict=True):
             spectra.accuracy_drop = accuracy_drop(path, device)
     result = Spectra(runs, correlations(runs), output)

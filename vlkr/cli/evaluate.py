@@ -61,8 +61,7 @@ def evaluate(
             ``reliability.png``.
         force: allow a non-empty output folder.
     """
-    options = locals() | {"shifts": include_shifts}
-    del options["include_shifts"]
+    options = locals()
     from vlkr.evaluation.evaluate import evaluate
 
     return evaluate(**options)
@@ -109,8 +108,7 @@ def interpolate(
         output: folder for ``interpolation.json``, ``report.md`` and ``interpolation.png``.
         force: allow a non-empty output folder.
     """
-    options = locals() | {"shifts": include_shifts}
-    del options["include_shifts"]
+    options = locals()
     from vlkr.evaluation.interpolation import interpolate
 
     return interpolate(**options)

@@ -86,22 +86,7 @@ def pack(
 ) -> PackResult:
     """Writes a dataset as webdataset shards in CLIP_benchmark's layout.
 
-    The shards are the same to the byte whatever the number of workers, and whether or not the
-    command was interrupted: started again, it keeps the shards that are finished and goes on.
-    Images keep their bytes, keys, labels and domains, so that few-shot splits stay the same.
-
-    Args:
-        source: a card's name, a folder of images or shards, a table or a URL.
-        dest: the folder to write.
-        resize: shrink images whose shorter side is longer than so many pixels to that; the others
-            keep their bytes.
-        samples_per_shard: images in a shard, at most.
-        shard_mb: of images in a shard, in 10^6 bytes before resizing, at most.
-        test_fraction: of a folder without splits, the part held out for testing.
-        num_workers: processes that read, resize and write.
-        max_bad: samples that cannot be read are left out and told, up to so many.
-        allow_commands: let the source ``pipe:COMMAND`` run.
-        force: replace the shards that lie at ``dest``.
+    The options are those of ``vlkr data pack``, whose help describes them.
 
     Raises:
         VlkrError: if the dataset cannot be read, a key occurs twice, or ``dest`` holds something

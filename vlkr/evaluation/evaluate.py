@@ -35,7 +35,7 @@ def evaluate(
     pretrained: str | None = None,
     run: Path | None = None,
     datasets: list[str] | None = None,
-    shifts: bool = True,
+    include_shifts: bool = True,
     unknown: list[str] | None = None,
     reference: list[Path] | None = None,
     split: str = "test",
@@ -53,26 +53,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a model by name or a run folder on datasets by name, as ``vlkr evaluate`` does.
 
-    Args:
-        model: for zero-shot evaluation; either this or ``run``.
-        pretrained: open_clip tag or path of weights.
-        run: folder of an adapted model.
-        datasets: card names or folders, the in-distribution one first; the run's own by default.
-        shifts: also evaluate the shifts that the card of the first dataset names.
-        unknown: datasets of classes that the first dataset lacks.
-        reference: zero-shot evaluations on disk, for effective robustness.
-        split: split of each dataset.
-        templates: in place of each dataset's own.
-        test_fraction: fraction held out for testing if a folder has no splits.
-        batch_size: images per batch.
-        num_workers: processes that decode images.
-        device: where to compute.
-        devices: number of evaluation processes.
-        cache: keep class embeddings and features of a frozen image tower on disk.
-        keep_predictions: keep and write per-image predictions.
-        max_bad: maximum number of invalid images to skip per dataset.
-        output: folder to write; None writes nothing.
-        force: allow a non-empty output folder.
+    The options are those of ``vlkr evaluate``, whose help describes them.
 
     Raises:
         VlkrError: for a model, run or dataset that cannot be read.
@@ -98,7 +79,7 @@ def evaluate(
         bundle = load_model(str(model), pretrained)
         datasets = datasets or ["digits"]
     test_fraction = DataConfig.test_fraction if test_fraction is None else test_fraction
-    loaded = with_shifts(first, datasets or [], shifts, templates, test_fraction)
+    loaded = with_shifts(first, datasets or [], include_shifts, templates, test_fraction)
     if references:
         check_references(references, loaded, split)
     unknown_datasets = [load_dataset(name, test_fraction=test_fraction) for name in unknown or []]

@@ -166,7 +166,7 @@ class Interpolation:
 def interpolate(
     run: Path,
     datasets: list[str] | None = None,
-    shifts: bool = True,
+    include_shifts: bool = True,
     alphas: list[float] | None = None,
     save: str | None = None,
     split: str = "test",
@@ -180,25 +180,7 @@ def interpolate(
 ) -> Interpolation:
     """Evaluates a run between its base model and its adapter, and beyond (WiSE-FT).
 
-    The weight update is scaled by alpha, which moves every adapted weight along the line of
-    Wortsman et al. (2022, arXiv 2109.01903, section 3). The best alpha is chosen on the run's
-    validation images: the dataset's own split ``val``, or the few that were set aside. Learned
-    class embeddings of a model without text stay as they are.
-
-    Args:
-        run: folder of a run.
-        datasets: card names or folders, the in-distribution one first; the run's own by default.
-        shifts: also evaluate the shifts that the card of the first dataset names.
-        alphas: scales of the adapter; 0, 0.1, ..., 1 by default.
-        save: an alpha, or ``best``: makes ``output`` a run folder with the scaled adapter.
-        split: split of each dataset.
-        templates: in place of each dataset's own.
-        batch_size: images per batch.
-        num_workers: processes that decode images.
-        device: where to compute.
-        cache: keep class embeddings and features of a frozen image tower on disk.
-        output: folder to write; None writes nothing.
-        force: allow a non-empty output folder.
+    The options are those of ``vlkr interpolate``, whose help describes them.
 
     Raises:
         VlkrError: for a run or dataset that cannot be read, or ``save best`` without a validation
@@ -221,7 +203,7 @@ def interpolate(
         )
     templates = data.templates if templates is None else templates
     first = folder.dataset() if datasets is None else None
-    loaded = with_shifts(first, datasets or [], shifts, templates, data.test_fraction)
+    loaded = with_shifts(first, datasets or [], include_shifts, templates, data.test_fraction)
     trained = adapter_scale(bundle)
     console = Console(stderr=True)
 

@@ -92,17 +92,7 @@ def export(
 ) -> ExportResult:
     """Writes a run's adapted model in a form that needs no vlkr.
 
-    The adapters are merged in fp32 and then cast. The export is loaded again and compared with the
-    adapted model on the run's test images before it gets its name.
-
-    Args:
-        run: written by ``vlkr adapt``.
-        output: folder to write.
-        format: ``open_clip``, ``timm``, ``transformers``, ``onnx``, ``torch`` or ``adapter``.
-        dtype: dtype of the weights: ``float32``, ``float16`` or ``bfloat16``.
-        alpha: scale of the adapter, 0 for the base model, 1 for the adapted one.
-        force: replace an existing export.
-        push_to_hub: repository, ``ORG/NAME``, to upload the export to.
+    The options are those of ``vlkr export``, whose help describes them.
 
     Raises:
         VlkrError: if the run cannot be read, ``output`` exists, the format cannot hold the model,

@@ -101,18 +101,7 @@ def adapt(
 ) -> AdaptResult:
     """Adapts a model by name to a few labeled images per class and writes a run folder.
 
-    Args:
-        output: run folder to write.
-        model: as for :func:`~vlkr.models.loading.load_model`.
-        pretrained: open_clip tag or path of weights.
-        adapter: method and targets.
-        data: dataset, shots and batches.
-        optimizer: optimizer options.
-        trainer: epochs, precision and device.
-        seed: random seed for split, initialization, shuffling and augmentation.
-        resume: continue from the checkpoint of an interrupted run; implied for a job that SLURM
-            has requeued.
-        force: allow a non-empty output folder.
+    The options are those of ``vlkr adapt``, whose help describes them.
 
     Raises:
         VlkrError: for an invalid option, before anything is written.
@@ -276,17 +265,7 @@ def project_fine_tune(
 ) -> ProjectResult:
     """Projects a full fine-tune onto the nearest adapter and writes it as an adapter folder.
 
-    KRAdapter uses the truncated SVD of each row, LoRA that of the matrix. Changes to other
-    parameters (norms, embeddings, biases) are ignored.
-
-    Args:
-        output: adapter folder to write.
-        base: base model, as for :func:`~vlkr.models.loading.load_model`.
-        tuned: fine-tuned model.
-        base_pretrained: open_clip tag or path of weights of the base model.
-        tuned_pretrained: open_clip tag or path of weights of the fine-tuned model.
-        adapter: method (``kradapter`` or ``lora``), its options and targets.
-        force: replace an existing adapter.
+    The options are those of ``vlkr project``, whose help describes them.
 
     Raises:
         VlkrError: if a model cannot be read, or the two differ in shape.
